@@ -1,0 +1,97 @@
+//! What several commands share: the model, progress, descriptors of many images.
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use std::path::{Path, PathBuf};
+use structvpr::dataset::Sample;
+use structvpr::descriptor::Descriptor;
+use structvpr::error::{read_file, write_file};
+use structvpr::image::RgbImage;
+use structvpr::model::Model;
+
+/// Loads `path`, or the shipped model, whose name is then printed.
+pub fn load_model(path: Option<&Path>) -> Result<Model> {
+    match path {
+        Some(path) => Ok(Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?),
+        None => {
+            let model = Model::shipped().context("the shipped model")?;
+            eprintln!("model: {} (shipped; choose another with --model)", model.identity().name);
+            Ok(model)
+        }
+    }
+}
+
+/// A bar on stderr; nothing where stderr is no terminal.
+pub fn progress(total: u64, what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}").unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(total).with_style(style).with_message(what)
+}
+
+/// Decodes an image file; the error names it.
+pub fn load_image(path: &Path) -> structvpr::error::Result<RgbImage> {
+    RgbImage::decode(&read_file(path)?).map_err(|e| e.at(path))
+}
+
+/// Descriptors of all samples, in order, in parallel.
+pub fn describe_all(model: &Model, samples: &[Sample], what: &'static str) -> Result<Vec<Descriptor>> {
+    let bar = progress(samples.len() as u64, what);
+    let all = samples
+        .par_iter()
+        .map(|s| {
+            let d = model.describe(&load_image(&s.path)?).map_err(|e| e.at(&s.path));
+            bar.inc(1);
+            d
+        })
+        .collect::<structvpr::error::Result<Vec<_>>>()?;
+    bar.finish_and_clear();
+    Ok(all)
+}
+
+/// Makes the folder and says which one if that fails.
+pub fn make_dir(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).with_context(|| format!("cannot make the folder {}", path.display()))
+}
+
+/// Writes pretty JSON, whole or not at all.
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    Ok(write_file(path, text.as_bytes())?)
+}
+
+/// Descriptors as an f32 matrix.
+pub fn matrix(descriptors: &[Descriptor]) -> structvpr::eval::Matrix {
+    structvpr::eval::Matrix {
+        rows: descriptors.len(),
+        cols: descriptors.first().map_or(0, Descriptor::dim),
+        data: descriptors.iter().flat_map(|d| d.as_slice().iter().map(|v| f64::from(*v))).collect(),
+    }
+}
+
+/// Rows of a matrix as descriptors; the error names the file and the row.
+pub fn descriptors(matrix: &structvpr::eval::Matrix, path: &Path) -> Result<Vec<Descriptor>> {
+    anyhow::ensure!(matrix.cols > 0, "{}: no columns", path.display());
+    let row = |(i, r): (usize, &[f64])| {
+        Descriptor::new(r.iter().map(|v| *v as f32).collect()).with_context(|| format!("{}: row {i}", path.display()))
+    };
+    matrix.data.chunks_exact(matrix.cols).enumerate().map(row).collect()
+}
+
+/// `QUERY.npy:REFERENCE.npy`, or one .npz with arrays `query` and `reference`.
+pub fn read_descriptor_pair(text: &str) -> Result<(Vec<Descriptor>, Vec<Descriptor>)> {
+    let load = |p: &Path| -> Result<Vec<Descriptor>> {
+        let m = structvpr::eval::read_matrix(&read_file(p)?).map_err(|e| e.at(p))?;
+        descriptors(&m, p)
+    };
+    if let Some((q, r)) = text.split_once(':') {
+        return Ok((load(Path::new(q))?, load(Path::new(r))?));
+    }
+    let path = PathBuf::from(text);
+    let arrays = structvpr::eval::read_npz_matrices(&read_file(&path)?).map_err(|e| e.at(&path))?;
+    let part = |name: &str| {
+        let m = arrays.get(name).with_context(|| format!("{}: no array `{name}`; wanted `query` and `reference`", path.display()))?;
+        descriptors(m, &path)
+    };
+    Ok((part("query")?, part("reference")?))
+}

@@ -1,0 +1,78 @@
+//! `structvpr convert`.
+
+use anyhow::{bail, Context, Result};
+use candle_core::DType;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use structvpr::error::{read_file, write_file};
+use structvpr::model::{Model, Pooling, Weights};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// .pth or .safetensors: ours, torchvision's names, or conv00..conv52.
+    input: PathBuf,
+    /// Where to write our safetensors.
+    #[arg(long)]
+    out: PathBuf,
+    /// Storage of the weights.
+    #[arg(long, value_parser = ["f16", "f32"], default_value = "f32")]
+    dtype: String,
+    /// Name that reports and maps show.
+    #[arg(long)]
+    name: Option<String>,
+    /// Size that images are resized to, WxH.
+    #[arg(long)]
+    input_size: Option<String>,
+    /// Pooling of the taps.
+    #[arg(long, value_parser = ["gem", "avg"])]
+    pooling: Option<String>,
+    /// Power of GeM.
+    #[arg(long)]
+    gem_p: Option<f64>,
+    /// L2-normalise each tap before they are joined.
+    #[arg(long)]
+    tap_norm: Option<bool>,
+    /// SPDX identifier of the weights' licence.
+    #[arg(long)]
+    license: Option<String>,
+    /// What the weights were trained on.
+    #[arg(long)]
+    training_data: Option<String>,
+    /// Similarity threshold that the header recommends to the loop detector.
+    #[arg(long)]
+    similarity_threshold: Option<f32>,
+}
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    let mut weights = Weights::parse(&read_file(&args.input)?).map_err(|e| e.at(&args.input))?;
+    let spec = &mut weights.spec;
+    if let Some(size) = &args.input_size {
+        let parsed = size.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+        (spec.input_width, spec.input_height) = parsed.with_context(|| format!("--input-size {size}: wanted WxH, e.g. 640x480"))?;
+    }
+    let p = match (spec.pooling, args.gem_p) {
+        (_, Some(p)) => p,
+        (Pooling::Gem { p }, None) => p,
+        (Pooling::Average, None) => 3.0,
+    };
+    match args.pooling.as_deref() {
+        Some("avg") if args.gem_p.is_some() => bail!("--gem-p has no meaning with --pooling avg"),
+        Some("avg") => spec.pooling = Pooling::Average,
+        Some(_) => spec.pooling = Pooling::Gem { p },
+        None if args.gem_p.is_some() => spec.pooling = Pooling::Gem { p },
+        None => {}
+    }
+    spec.tap_norm = args.tap_norm.unwrap_or(spec.tap_norm);
+    spec.name = args.name.unwrap_or(std::mem::take(&mut spec.name));
+    spec.license = args.license.unwrap_or(std::mem::take(&mut spec.license));
+    spec.training_data = args.training_data.unwrap_or(std::mem::take(&mut spec.training_data));
+    spec.similarity_threshold = args.similarity_threshold.or(spec.similarity_threshold);
+    let bytes = weights.to_bytes(if args.dtype == "f16" { DType::F16 } else { DType::F32 })?;
+    // What is written must load.
+    let model = Model::from_bytes(&bytes)?;
+    write_file(&args.out, &bytes)?;
+    println!("{} ({} layout) -> {}: {} bytes", args.input.display(), weights.layout, args.out.display(), bytes.len());
+    println!("{}", serde_json::to_string_pretty(model.spec())?);
+    println!("sha256 {}", model.identity().sha256);
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,401 @@
+//! Pixels from untrusted bytes: ROS encodings, JPEG, PNG; resize and undistort.
+//!
+//! Every size is checked against the data before anything is allocated. OpenCV decodes, demosaics,
+//! resizes and undistorts.
+
+use crate::error::{Error, Result};
+use opencv::core::{Mat, MatTraitConst, MatTraitConstManual, Size, Vector};
+use opencv::{calib3d, imgcodecs, imgproc};
+
+/// Most pixels that we decode: 64 million, above any robot's camera. 20 000 x 20 000 is refused.
+pub const MAX_PIXELS: u64 = 64_000_000;
+
+const SUPPORTED: &str = "rgb8, bgr8, rgba8, bgra8, mono8, 8UC1, 8UC3, mono16, 16UC1, bayer_{rggb,bggr,gbrg,grbg}8, yuv422 (uyvy), yuv422_yuy2 (yuyv), nv21, nv24";
+
+/// An 8-bit RGB image, row-major, no padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RgbImage {
+    width: u32,
+    height: u32,
+    data: Vec<u8>,
+}
+
+/// The fields of `sensor_msgs/Image`, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub struct RawImage<'a> {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// ROS encoding name.
+    pub encoding: &'a str,
+    /// Byte order of 16-bit encodings.
+    pub is_bigendian: bool,
+    /// Bytes per row, padding included.
+    pub step: u32,
+    /// `step * height` bytes (more is tolerated, less is not).
+    pub data: &'a [u8],
+}
+
+/// Pinhole (`plumb_bob`, `rational_polynomial`) or `equidistant` (fisheye) calibration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Camera {
+    /// Columns of the image that was calibrated.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Row-major 3 x 3.
+    pub k: [f64; 9],
+    /// Distortion coefficients, in the model's order.
+    pub d: Vec<f64>,
+    /// ROS name of the distortion model.
+    pub distortion_model: String,
+}
+
+fn check_size(width: u64, height: u64) -> Result<()> {
+    if width == 0 || height == 0 {
+        return Err(Error::image(format!("size {width}x{height} is empty")));
+    }
+    match width.checked_mul(height) {
+        Some(n) if n <= MAX_PIXELS => Ok(()),
+        _ => Err(Error::image(format!("size {width}x{height} is over the limit of {MAX_PIXELS} pixels"))),
+    }
+}
+
+/// An OpenCV image of its own over `height` tight rows.
+fn mat(height: u32, rows: &[u8], channels: i32) -> Result<Mat> {
+    Ok(Mat::from_slice(rows)?.reshape(channels, height as i32)?.try_clone()?)
+}
+
+impl RgbImage {
+    /// From tight RGB rows.
+    ///
+    /// Errors: a size that is empty, over [`MAX_PIXELS`], or not that of `data`.
+    pub fn new(width: u32, height: u32, data: Vec<u8>) -> Result<Self> {
+        check_size(width.into(), height.into())?;
+        let want = u64::from(width) * u64::from(height) * 3;
+        if data.len() as u64 != want {
+            return Err(Error::image(format!("{width}x{height} RGB wants {want} bytes, got {}", data.len())));
+        }
+        Ok(Self { width, height, data })
+    }
+
+    /// Columns.
+    pub fn width(&self) -> u32 {
+        self.width
+    }
+
+    /// Rows.
+    pub fn height(&self) -> u32 {
+        self.height
+    }
+
+    /// `3 * width * height` bytes, RGB.
+    pub fn data(&self) -> &[u8] {
+        &self.data
+    }
+
+    /// Converts a `sensor_msgs/Image`. mono16 keeps its high byte.
+    ///
+    /// Errors: unknown encoding, a header that does not fit the data, an empty or absurd size.
+    pub fn from_raw(raw: &RawImage) -> Result<Self> {
+        check_size(raw.width.into(), raw.height.into())?;
+        let (width, height) = (raw.width as usize, raw.height as usize);
+        let layout = Layout::of(raw.encoding)?;
+        let (row, rows) = layout.rows(width, height)?;
+        // nv24's chroma plane has rows of twice the luma's; its step counts luma bytes.
+        let step = raw.step as usize;
+        let luma_row = layout.luma_row(width);
+        if step < luma_row {
+            return Err(Error::image(format!(
+                "step {step} is shorter than a row of {width} {} pixels ({luma_row} bytes)",
+                raw.encoding
+            )));
+        }
+        let need = layout.total(step, height);
+        if (raw.data.len() as u64) < need {
+            return Err(Error::image(format!(
+                "{width}x{height} {} with step {step} wants {need} bytes, got {}",
+                raw.encoding,
+                raw.data.len()
+            )));
+        }
+        let mut tight = Vec::with_capacity(row * rows);
+        match layout {
+            Layout::Nv24 => {
+                for y in 0..height {
+                    tight.extend_from_slice(&raw.data[y * step..][..width]);
+                }
+                for y in 0..height {
+                    tight.extend_from_slice(&raw.data[step * height + y * 2 * step..][..2 * width]);
+                }
+            }
+            _ => {
+                for y in 0..rows {
+                    tight.extend_from_slice(&raw.data[y * step..][..row]);
+                }
+            }
+        }
+        let data = layout.to_rgb(tight, width, height, raw.is_bigendian)?;
+        Self::new(raw.width, raw.height, data)
+    }
+
+    /// Decodes JPEG or PNG. The size in the file's header is checked before OpenCV sees it.
+    ///
+    /// Errors: other formats, a size over [`MAX_PIXELS`], bytes that do not decode.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let (w, h) = sniff_size(bytes)?;
+        check_size(w.into(), h.into())?;
+        let bgr = imgcodecs::imdecode(&Mat::from_slice(bytes)?, imgcodecs::IMREAD_COLOR | imgcodecs::IMREAD_IGNORE_ORIENTATION)
+            .map_err(|e| Error::image(format!("does not decode: {}", e.message)))?;
+        if bgr.empty() {
+            return Err(Error::image("does not decode: truncated or damaged"));
+        }
+        Self::from_bgr(&bgr)
+    }
+
+    /// Area-averaged resize (OpenCV's INTER_AREA).
+    pub fn resize_area(&self, width: u32, height: u32) -> Result<Self> {
+        check_size(width.into(), height.into())?;
+        if (width, height) == (self.width, self.height) {
+            return Ok(self.clone());
+        }
+        let mut out = Mat::default();
+        let size = Size::new(width as i32, height as i32);
+        imgproc::resize(&self.mat()?, &mut out, size, 0.0, 0.0, imgproc::INTER_AREA)?;
+        Self::new(width, height, out.data_bytes()?.to_vec())
+    }
+
+    /// Removes lens distortion, keeping size and intrinsics.
+    ///
+    /// Errors: a calibration for another aspect ratio, or a distortion model we do not know.
+    pub fn undistort(&self, camera: &Camera) -> Result<Self> {
+        if camera.width == 0 || camera.height == 0 {
+            return Err(Error::image("camera_info has no size"));
+        }
+        let (sx, sy) = (f64::from(self.width) / f64::from(camera.width), f64::from(self.height) / f64::from(camera.height));
+        if (sx / sy - 1.0).abs() > 0.01 {
+            return Err(Error::image(format!(
+                "camera_info is for {}x{}, the image is {}x{}: another aspect ratio",
+                camera.width, camera.height, self.width, self.height
+            )));
+        }
+        let k = camera.k;
+        let k = [k[0] * sx, k[1] * sx, k[2] * sx, k[3] * sy, k[4] * sy, k[5] * sy, 0.0, 0.0, 1.0];
+        if k.iter().chain(&camera.d).any(|v| !v.is_finite()) || k[0] <= 0.0 || k[4] <= 0.0 {
+            return Err(Error::image(format!("camera_info is not usable: k = {:?}, d = {:?}", camera.k, camera.d)));
+        }
+        let flat = Mat::from_slice(&k)?;
+        let k = flat.reshape(1, 3)?;
+        let mut out = Mat::default();
+        match (camera.distortion_model.as_str(), camera.d.len()) {
+            (_, 0) => return Ok(self.clone()),
+            ("equidistant" | "fisheye", 4) => {
+                let size = Size::new(self.width as i32, self.height as i32);
+                calib3d::fisheye_undistort_image(&self.mat()?, &mut out, &k, &Mat::from_slice(&camera.d)?, &k, size)?;
+            }
+            ("plumb_bob" | "rational_polynomial", 4 | 5 | 8 | 12 | 14) => {
+                calib3d::undistort(&self.mat()?, &mut out, &k, &Mat::from_slice(&camera.d)?, &k)?;
+            }
+            (model, n) => {
+                return Err(Error::image(format!(
+                    "distortion model `{model}` with {n} coefficients (known: plumb_bob, rational_polynomial, equidistant)"
+                )))
+            }
+        }
+        Self::new(self.width, self.height, out.data_bytes()?.to_vec())
+    }
+
+    /// JPEG of `quality` 0 to 100.
+    pub fn to_jpeg(&self, quality: i32) -> Result<Vec<u8>> {
+        self.encode(".jpg", &[imgcodecs::IMWRITE_JPEG_QUALITY, quality])
+    }
+
+    /// PNG, lossless.
+    pub fn to_png(&self) -> Result<Vec<u8>> {
+        self.encode(".png", &[])
+    }
+
+    /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image.
+    pub fn luma_stats(&self) -> (f32, f32) {
+        let (mut sum, mut squares) = (0u64, 0u64);
+        for p in self.data.chunks_exact(3) {
+            // Rec. 601 in 1/256.
+            let y = (77 * u64::from(p[0]) + 150 * u64::from(p[1]) + 29 * u64::from(p[2])) >> 8;
+            sum += y;
+            squares += y * y;
+        }
+        let n = (self.data.len() / 3).max(1) as f64;
+        let mean = sum as f64 / n;
+        (mean as f32, (squares as f64 / n - mean * mean).max(0.0).sqrt() as f32)
+    }
+
+    fn encode(&self, extension: &str, parameters: &[i32]) -> Result<Vec<u8>> {
+        let mut bgr = Mat::default();
+        imgproc::cvt_color_def(&self.mat()?, &mut bgr, imgproc::COLOR_RGB2BGR)?;
+        let mut out = Vector::<u8>::new();
+        imgcodecs::imencode(extension, &bgr, &mut out, &Vector::from_slice(parameters))?;
+        Ok(out.as_slice().to_vec())
+    }
+
+    fn mat(&self) -> Result<Mat> {
+        mat(self.height, &self.data, 3)
+    }
+
+    fn from_bgr(bgr: &impl opencv::core::ToInputArray) -> Result<Self> {
+        let mut rgb = Mat::default();
+        imgproc::cvt_color_def(bgr, &mut rgb, imgproc::COLOR_BGR2RGB)?;
+        Self::new(rgb.cols() as u32, rgb.rows() as u32, rgb.data_bytes()?.to_vec())
+    }
+}
+
+/// How an encoding lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Layout {
+    /// Interleaved 8-bit channels; positions of R, G, B.
+    Channels(usize, [usize; 3]),
+    Mono16,
+    /// OpenCV's demosaicing code.
+    Bayer(i32),
+    /// Two bytes a pixel; OpenCV's code.
+    Yuv422(i32),
+    /// Luma plane, then interleaved VU at half size.
+    Nv21,
+    /// Luma plane, then interleaved VU at full size.
+    Nv24,
+}
+
+impl Layout {
+    fn of(encoding: &str) -> Result<Self> {
+        Ok(match encoding {
+            "rgb8" => Self::Channels(3, [0, 1, 2]),
+            "bgr8" | "8UC3" => Self::Channels(3, [2, 1, 0]),
+            "rgba8" => Self::Channels(4, [0, 1, 2]),
+            "bgra8" => Self::Channels(4, [2, 1, 0]),
+            "mono8" | "8UC1" => Self::Channels(1, [0, 0, 0]),
+            "mono16" | "16UC1" => Self::Mono16,
+            // OpenCV names a pattern by the second row's second and third pixel.
+            "bayer_rggb8" => Self::Bayer(imgproc::COLOR_BayerBG2RGB),
+            "bayer_bggr8" => Self::Bayer(imgproc::COLOR_BayerRG2RGB),
+            "bayer_gbrg8" => Self::Bayer(imgproc::COLOR_BayerGR2RGB),
+            "bayer_grbg8" => Self::Bayer(imgproc::COLOR_BayerGB2RGB),
+            "yuv422" | "uyvy" => Self::Yuv422(imgproc::COLOR_YUV2RGB_UYVY),
+            "yuv422_yuy2" | "yuyv" => Self::Yuv422(imgproc::COLOR_YUV2RGB_YUY2),
+            "nv21" => Self::Nv21,
+            "nv24" => Self::Nv24,
+            other => {
+                let encoding = other.chars().take(32).collect();
+                return Err(Error::ImageEncoding { encoding, supported: SUPPORTED });
+            }
+        })
+    }
+
+    fn luma_row(self, width: usize) -> usize {
+        match self {
+            Self::Channels(n, _) => n * width,
+            Self::Mono16 | Self::Yuv422(_) => 2 * width,
+            Self::Bayer(_) | Self::Nv21 | Self::Nv24 => width,
+        }
+    }
+
+    /// Bytes per tight row and number of rows.
+    fn rows(self, width: usize, height: usize) -> Result<(usize, usize)> {
+        let even = |what: &str, n: usize| {
+            if n % 2 == 0 {
+                Ok(())
+            } else {
+                Err(Error::image(format!("{what} {n} must be even for this encoding")))
+            }
+        };
+        match self {
+            Self::Yuv422(_) => even("width", width)?,
+            Self::Nv21 => {
+                even("width", width)?;
+                even("height", height)?;
+            }
+            Self::Bayer(_) if width < 3 || height < 3 => {
+                return Err(Error::image(format!("{width}x{height} is too small to demosaic")));
+            }
+            _ => {}
+        }
+        Ok(match self {
+            Self::Nv21 => (width, height + height / 2),
+            Self::Nv24 => (width, 3 * height),
+            _ => (self.luma_row(width), height),
+        })
+    }
+
+    fn total(self, step: usize, height: usize) -> u64 {
+        let (step, height) = (step as u64, height as u64);
+        match self {
+            Self::Nv21 => step * (height + height / 2),
+            Self::Nv24 => step * height * 3,
+            // The last row need not be padded.
+            _ => step * height,
+        }
+    }
+
+    fn to_rgb(self, tight: Vec<u8>, width: usize, height: usize, big_endian: bool) -> Result<Vec<u8>> {
+        let convert = |tight: &[u8], rows: usize, channels: i32, code: i32| -> Result<Vec<u8>> {
+            let mut out = Mat::default();
+            imgproc::cvt_color_def(&mat(rows as u32, tight, channels)?, &mut out, code)?;
+            Ok(out.data_bytes()?.to_vec())
+        };
+        match self {
+            Self::Channels(3, [0, 1, 2]) => Ok(tight),
+            Self::Channels(n, order) => Ok(tight.chunks_exact(n).flat_map(|p| order.map(|c| p[c])).collect()),
+            Self::Mono16 => {
+                let high = usize::from(!big_endian);
+                Ok(tight.chunks_exact(2).flat_map(|p| [p[high]; 3]).collect())
+            }
+            Self::Bayer(code) => convert(&tight, height, 1, code),
+            Self::Yuv422(code) => convert(&tight, height, 2, code),
+            Self::Nv21 => convert(&tight, height + height / 2, 1, imgproc::COLOR_YUV2RGB_NV21),
+            Self::Nv24 => {
+                let (luma, chroma) = tight.split_at(width * height);
+                Ok(luma.iter().zip(chroma.chunks_exact(2)).flat_map(|(y, vu)| yuv_to_rgb(*y, vu[1], vu[0])).collect())
+            }
+        }
+    }
+}
+
+/// BT.601, limited range, as OpenCV converts nv21.
+fn yuv_to_rgb(y: u8, u: u8, v: u8) -> [u8; 3] {
+    let (y, u, v) = (1.164 * (f32::from(y) - 16.0).max(0.0), f32::from(u) - 128.0, f32::from(v) - 128.0);
+    [y + 1.596 * v, y - 0.813 * v - 0.391 * u, y + 2.018 * u].map(|c| c.round().clamp(0.0, 255.0) as u8)
+}
+
+/// Width and height from a JPEG's or PNG's header.
+fn sniff_size(bytes: &[u8]) -> Result<(u32, u32)> {
+    if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
+        let field = |at: usize| -> Option<u32> { Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?)) };
+        return match (bytes.get(12..16), field(16), field(20)) {
+            (Some(b"IHDR"), Some(w), Some(h)) => Ok((w, h)),
+            _ => Err(Error::image("PNG without a header")),
+        };
+    }
+    if bytes.starts_with(&[0xff, 0xd8]) {
+        let mut at = 2;
+        while let Some(&[0xff, marker, hi, lo]) = bytes.get(at..at + 4) {
+            match marker {
+                0xff => {
+                    at += 1;
+                    continue;
+                }
+                // Start of frame, all kinds but the tables that share the range.
+                0xc0..=0xcf if !matches!(marker, 0xc4 | 0xc8 | 0xcc) => {
+                    let Some(&[h1, h0, w1, w0]) = bytes.get(at + 5..at + 9) else { break };
+                    return Ok((u16::from_be_bytes([w1, w0]).into(), u16::from_be_bytes([h1, h0]).into()));
+                }
+                0x01 | 0xd0..=0xd8 => at += 2,
+                0xd9 | 0xda => break,
+                _ => at += 2 + usize::from(u16::from_be_bytes([hi, lo])),
+            }
+        }
+        return Err(Error::image("JPEG without a frame header"));
+    }
+    Err(Error::image("neither JPEG nor PNG"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,12 @@
+//! Visual place recognition and loop closure: StructVPR on Candle. See the README.
+
+pub mod config;
+pub mod dataset;
+pub mod descriptor;
+pub mod error;
+pub mod eval;
+pub mod image;
+pub mod map;
+pub mod model;
+pub mod pickle;
+pub mod pipeline;

@@ -1,0 +1,183 @@
+//! A map as one SQLite file. Written whole under a temporary name, then renamed.
+
+use super::{Keyframe, Link, Map};
+use crate::descriptor::{Descriptor, ModelIdentity};
+use crate::error::{Error, Result};
+use nalgebra::{Isometry3, Quaternion, Translation3, UnitQuaternion};
+use rusqlite::{params, Connection, OpenFlags};
+use std::path::{Path, PathBuf};
+
+/// `PRAGMA application_id`: "SVPR".
+const APPLICATION_ID: i64 = 0x5356_5052;
+/// `PRAGMA user_version`: version of the tables below.
+const VERSION: i64 = 1;
+
+const TABLES: &str = "
+CREATE TABLE model (name TEXT NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE keyframe (
+  id INTEGER PRIMARY KEY, session INTEGER NOT NULL, stamp_ns INTEGER NOT NULL, name TEXT NOT NULL,
+  x REAL, y REAL, z REAL, qx REAL, qy REAL, qz REAL, qw REAL, descriptor BLOB NOT NULL);
+CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL);";
+
+impl Map {
+    /// Writes the map to `path`; the file there before stays whole if this fails.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push(".tmp");
+        let temporary = PathBuf::from(temporary);
+        if temporary.exists() {
+            std::fs::remove_file(&temporary).map_err(Error::io(&temporary))?;
+        }
+        self.write(&temporary).map_err(|e| e.at(path))?;
+        std::fs::rename(&temporary, path).map_err(Error::io(path))
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
+        let mut db = Connection::open(path)?;
+        db.pragma_update(None, "application_id", APPLICATION_ID)?;
+        db.pragma_update(None, "user_version", VERSION)?;
+        let tx = db.transaction()?;
+        tx.execute_batch(TABLES)?;
+        tx.execute("INSERT INTO model VALUES (?1, ?2)", params![self.model.name, self.model.sha256])?;
+        {
+            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)")?;
+            for (id, k) in self.keyframes.iter().enumerate() {
+                let pose = k.odom_from_base.map(|p| {
+                    let (t, q) = (p.translation.vector, p.rotation.coords);
+                    [t.x, t.y, t.z, q.x, q.y, q.z, q.w]
+                });
+                let at = |i: usize| pose.map(|p| p[i]);
+                let blob: Vec<u8> = self.index.row(id).iter().flat_map(|v| v.to_le_bytes()).collect();
+                insert.execute(params![id as i64, k.session, k.stamp_ns, k.name, at(0), at(1), at(2), at(3), at(4), at(5), at(6), blob])?;
+            }
+            let mut insert = tx.prepare("INSERT INTO closure VALUES (?1, ?2)")?;
+            for l in &self.links {
+                insert.execute(params![l.query as i64, l.matched as i64])?;
+            }
+        }
+        tx.commit()?;
+        Ok(())
+    }
+
+    /// Reads a map, checking that it was made by `model`.
+    ///
+    /// Errors: no such file, not a map, a newer version, another model (by name), damaged rows.
+    pub fn load(path: &Path, model: &ModelIdentity) -> Result<Self> {
+        Self::read(path, model).map_err(|e| e.at(path))
+    }
+
+    fn read(path: &Path, model: &ModelIdentity) -> Result<Self> {
+        if !path.is_file() {
+            return Err(Error::map("no such file"));
+        }
+        let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        let pragma = |name: &str| -> Result<i64> {
+            db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0))
+                .map_err(|e| Error::map(format!("not a StructVPR map ({e})")))
+        };
+        if pragma("application_id")? != APPLICATION_ID {
+            return Err(Error::map("not a StructVPR map"));
+        }
+        let version = pragma("user_version")?;
+        if version != VERSION {
+            return Err(Error::map(format!("version {version}; this program reads version {VERSION}")));
+        }
+        let found = db.query_row("SELECT name, sha256 FROM model", [], |r| Ok(ModelIdentity { name: r.get(0)?, sha256: r.get(1)? }))?;
+        if &found != model {
+            let short = |m: &ModelIdentity| format!("`{}` ({})", m.name, m.sha256.get(..12).unwrap_or(&m.sha256));
+            return Err(Error::map(format!(
+                "made with model {}, but the model in use is {}; descriptors of two models do not compare",
+                short(&found),
+                short(model)
+            )));
+        }
+        let mut map = Map::new(found);
+        let mut rows = db.prepare("SELECT * FROM keyframe ORDER BY id")?;
+        let mut rows = rows.query([])?;
+        while let Some(row) = rows.next()? {
+            let id: i64 = row.get(0)?;
+            if id != map.keyframes.len() as i64 {
+                return Err(Error::map(format!("keyframe {} is missing", map.keyframes.len())));
+            }
+            let mut pose = [0f64; 7];
+            let mut has_pose = true;
+            for (i, p) in pose.iter_mut().enumerate() {
+                match row.get::<_, Option<f64>>(4 + i)? {
+                    Some(v) if v.is_finite() => *p = v,
+                    _ => has_pose = false,
+                }
+            }
+            let rotation = UnitQuaternion::try_new(Quaternion::new(pose[6], pose[3], pose[4], pose[5]), 1e-6);
+            let odom_from_base = match (has_pose, rotation) {
+                (true, Some(q)) => Some(Isometry3::from_parts(Translation3::new(pose[0], pose[1], pose[2]), q)),
+                _ => None,
+            };
+            let blob: Vec<u8> = row.get(11)?;
+            let values = blob.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let descriptor = Descriptor::new(values).map_err(|e| Error::map(format!("keyframe {id}: {e}")))?;
+            let keyframe = Keyframe { session: row.get(1)?, stamp_ns: row.get(2)?, name: row.get(3)?, odom_from_base };
+            map.push(keyframe, &descriptor)?;
+        }
+        let mut rows = db.prepare("SELECT query, matched FROM closure ORDER BY rowid")?;
+        let mut rows = rows.query([])?;
+        while let Some(row) = rows.next()? {
+            let (query, matched) = (row.get::<_, i64>(0)?, row.get::<_, i64>(1)?);
+            let n = map.keyframes.len() as i64;
+            if !(0..n).contains(&query) || !(0..n).contains(&matched) {
+                return Err(Error::map(format!("closure {query} - {matched} names a keyframe that is not there")));
+            }
+            map.links.push(Link { query: query as usize, matched: matched as usize });
+        }
+        Ok(map)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Map {
+        let mut map = Map::new(ModelIdentity { name: "m".into(), sha256: "0123456789abcdef".into() });
+        for i in 0..5u8 {
+            let d = Descriptor::new(vec![1.0, f32::from(i), 0.5]).unwrap();
+            let pose = (i % 2 == 0).then(|| Isometry3::translation(f64::from(i), 1.0, 2.0));
+            map.push(Keyframe { session: 0, stamp_ns: i64::from(i) * 7, name: format!("{i}.jpg"), odom_from_base: pose }, &d).unwrap();
+        }
+        map.link(Link { query: 4, matched: 1 });
+        map
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded_and_saving_again_gives_the_same_bytes() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a.map"), dir.path().join("b.map"));
+        let map = sample();
+        map.save(&a)?;
+        let back = Map::load(&a, map.model())?;
+        assert_eq!((back.keyframes(), back.links()), (map.keyframes(), map.links()));
+        back.save(&b)?;
+        back.save(&b)?;
+        assert_eq!(std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap());
+        Ok(())
+    }
+
+    #[test]
+    fn another_model_a_foreign_file_and_a_newer_version_are_refused_by_name() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.map");
+        let map = sample();
+        map.save(&path)?;
+        let check = |model: &ModelIdentity, want: &str| {
+            let said = Map::load(&path, model).map(|_| ()).unwrap_err().to_string();
+            assert!(said.contains(want) && said.contains("x.map"), "{said}");
+        };
+        check(&ModelIdentity { name: "other".into(), sha256: String::new() }, "`other`");
+        Connection::open(&path)?.pragma_update(None, "user_version", 99)?;
+        check(map.model(), "version 99");
+        std::fs::write(&path, b"hello").unwrap();
+        check(map.model(), "not a StructVPR map");
+        std::fs::remove_file(&path).unwrap();
+        check(map.model(), "no such file");
+        Ok(())
+    }
+}

@@ -1,0 +1,153 @@
+//! Our Candle custom ops: what Candle's own CPU paths do too slowly.
+//!
+//! Every op has a gradient, so that training runs the same code as inference.
+
+mod bias_act;
+mod depthwise;
+
+pub use bias_act::bias_act;
+pub use depthwise::depthwise3x3;
+
+/// What follows a convolution's bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing (the linear bottleneck of an inverted residual).
+    None,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+}
+
+impl Activation {
+    #[inline(always)]
+    fn apply(self, x: f32) -> f32 {
+        match self {
+            Self::None => x,
+            // Comparisons in this order keep NaN, so that a broken input is seen downstream.
+            Self::Relu6 => {
+                if x < 0.0 {
+                    0.0
+                } else if x > 6.0 {
+                    6.0
+                } else {
+                    x
+                }
+            }
+        }
+    }
+}
+
+/// Rows and columns of zeros around a plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pad {
+    /// Rows above.
+    pub top: usize,
+    /// Rows below.
+    pub bottom: usize,
+    /// Columns to the left.
+    pub left: usize,
+    /// Columns to the right.
+    pub right: usize,
+}
+
+impl Pad {
+    /// One on every side: PyTorch's `padding=1` of a 3x3 kernel.
+    pub const ONE: Pad = Pad { top: 1, bottom: 1, left: 1, right: 1 };
+
+    /// TensorFlow's `SAME` for a 3x3 kernel over `height` x `width` at `stride`: the odd row or
+    /// column goes to the bottom and the right.
+    pub fn same(height: usize, width: usize, stride: usize) -> Self {
+        let along = |n: usize| (n.div_ceil(stride).saturating_sub(1) * stride + 3).saturating_sub(n);
+        let (v, h) = (along(height), along(width));
+        Pad { top: v / 2, bottom: v - v / 2, left: h / 2, right: h - h / 2 }
+    }
+
+    /// Output height and width of a 3x3 kernel at `stride`; `None` if the padded input is smaller
+    /// than the kernel.
+    pub fn output(&self, height: usize, width: usize, stride: usize) -> Option<(usize, usize)> {
+        let h = (height + self.top + self.bottom).checked_sub(3)? / stride + 1;
+        let w = (width + self.left + self.right).checked_sub(3)? / stride + 1;
+        Some((h, w))
+    }
+}
+
+/// The instruction set that a kernel body is compiled for; chosen once per call at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Whatever the target's baseline is.
+    Portable,
+    /// AVX2 with fused multiply-add.
+    Avx2,
+    /// AVX-512 F.
+    Avx512,
+}
+
+impl Isa {
+    /// The best that this processor has.
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                return Self::Avx512;
+            }
+            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+
+    /// Every set that this processor can run, best last: what a test walks through.
+    pub fn available() -> Vec<Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|isa| *isa <= Self::detect()).collect()
+    }
+}
+
+/// Compiles one safe body for each instruction set and calls the one that `isa` names.
+macro_rules! dispatch {
+    ($isa:expr, $body:ident ( $($arg:ident : $ty:ty),* $(,)? )) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) { $body::<true>($($arg),*) }
+            #[target_feature(enable = "avx512f,avx2,fma")]
+            fn avx512($($arg: $ty),*) { $body::<true>($($arg),*) }
+            match $isa {
+                // SAFETY: `Isa::detect` found these features on this processor, and callers pass
+                // nothing above what it returned.
+                $crate::model::kernels::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                // SAFETY: as above.
+                $crate::model::kernels::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::model::kernels::Isa::Portable => $body::<false>($($arg),*),
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = $isa;
+            $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
+        }
+    }};
+}
+pub(crate) use dispatch;
+
+/// `a * b + c`, fused where the instruction set has it (the libm fallback is far too slow).
+#[inline(always)]
+pub(crate) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED {
+        a.mul_add(b, c)
+    } else {
+        a * b + c
+    }
+}
+
+/// The contiguous f32 slice behind an op's argument.
+pub(crate) fn contiguous<'a>(
+    op: &'static str,
+    storage: &'a candle_core::CpuStorage,
+    layout: &candle_core::Layout,
+) -> candle_core::Result<&'a [f32]> {
+    let data = storage.as_slice::<f32>()?;
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&data[start..end]),
+        None => candle_core::bail!("{op}: argument must be contiguous"),
+    }
+}

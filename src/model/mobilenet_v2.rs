@@ -1,0 +1,243 @@
+//! MobileNetV2 1.0 (<https://arxiv.org/abs/1801.04381>), truncated after its 320-channel stage, with
+//! three taps: the rgb branch of StructVPR (CVPR 2023, section 3; <https://arxiv.org/abs/2212.00937>).
+//!
+//! Batch norm is folded before the network is built, so each convolution is weight, bias and
+//! activation. 1x1 convolutions are matrix products, depthwise ones our own op.
+
+use super::kernels::{bias_act, depthwise3x3, Activation, Pad};
+use super::pooling::{l2_normalize, Pooling};
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+/// One stage: expansion factor, output channels, number of blocks, stride of the first.
+type Stage = (usize, usize, usize, usize);
+
+/// The stages of the MobileNetV2 paper's table 2, without the last 1x1 convolution.
+const STAGES: [Stage; 7] =
+    [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)];
+
+/// Channels after the stem.
+const STEM: usize = 32;
+
+/// Blocks (counting from 1, as torchvision's `features.N`) whose outputs are tapped: the ends of
+/// the 32-channel (/8), 96-channel (/16) and 320-channel (/32) stages. [inferred: 32 + 96 + 320 is
+/// the only subset of the stages that gives the paper's 448]
+pub const TAPS: [usize; 3] = [6, 13, 17];
+
+/// Dimensions of the global descriptor [paper].
+pub const DIM: usize = 448;
+
+/// Smallest height and width that leave something at /32.
+pub const MIN_SIDE: usize = 32;
+
+/// How a 3x3 kernel's border is padded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Padding {
+    /// One on each side (PyTorch).
+    Symmetric,
+    /// TensorFlow's SAME: at stride 2 the odd row and column are at the bottom and the right.
+    Same,
+}
+
+impl Padding {
+    fn of(self, height: usize, width: usize, stride: usize) -> Pad {
+        match self {
+            Self::Symmetric => Pad::ONE,
+            Self::Same => Pad::same(height, width, stride),
+        }
+    }
+}
+
+/// What one convolution is, in network order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConvSpec {
+    /// Our name, e.g. `blocks.3.expand`; `.weight` and `.bias` follow.
+    pub name: String,
+    /// torchvision's name of the convolution, e.g. `features.3.conv.0.0`.
+    pub torchvision: String,
+    /// torchvision's name of the batch norm behind it.
+    pub torchvision_norm: String,
+    /// Shape of the weight, O x I/groups x K x K.
+    pub shape: [usize; 4],
+}
+
+/// All convolutions of the truncated network in order: 50 (stem, then expand, depthwise, project).
+pub fn conv_specs() -> Vec<ConvSpec> {
+    let spec = |name: String, conv: String, norm: String, shape| ConvSpec { name, torchvision: conv, torchvision_norm: norm, shape };
+    let mut all = vec![spec("stem".into(), "features.0.0".into(), "features.0.1".into(), [STEM, 3, 3, 3])];
+    for b in blocks() {
+        let (n, hidden) = (b.number, b.hidden);
+        let f = format!("features.{n}.conv");
+        let mut at = 0;
+        if b.expand {
+            all.push(spec(format!("blocks.{n}.expand"), format!("{f}.0.0"), format!("{f}.0.1"), [hidden, b.input, 1, 1]));
+            at = 1;
+        }
+        all.push(spec(format!("blocks.{n}.depthwise"), format!("{f}.{at}.0"), format!("{f}.{at}.1"), [hidden, 1, 3, 3]));
+        all.push(spec(format!("blocks.{n}.project"), format!("{f}.{}", at + 1), format!("{f}.{}", at + 2), [b.output, hidden, 1, 1]));
+    }
+    all
+}
+
+struct BlockSpec {
+    number: usize,
+    expand: bool,
+    input: usize,
+    hidden: usize,
+    output: usize,
+    stride: usize,
+}
+
+fn blocks() -> Vec<BlockSpec> {
+    let mut all = Vec::new();
+    let mut input = STEM;
+    for (t, c, n, s) in STAGES {
+        for i in 0..n {
+            let stride = if i == 0 { s } else { 1 };
+            all.push(BlockSpec { number: all.len() + 1, expand: t != 1, input, hidden: input * t, output: c, stride });
+            input = c;
+        }
+    }
+    all
+}
+
+#[derive(Clone, Debug)]
+struct Conv {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl Conv {
+    /// 1x1: a matrix product over the pixels, then bias and activation in one pass.
+    fn pointwise(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let (n, c, h, w) = x.dims4()?;
+        let out = self.weight.dim(0)?;
+        let weight = self.weight.reshape((out, c))?;
+        let y = if n == 1 {
+            weight.matmul(&x.reshape((c, h * w))?)?
+        } else {
+            weight.broadcast_left(n)?.matmul(&x.reshape((n, c, h * w))?)?
+        };
+        bias_act(&y.reshape((n, out, h, w))?, &self.bias, activation)
+    }
+
+    fn stem(&self, x: &Tensor, padding: Padding) -> Result<Tensor> {
+        let (_, _, h, w) = x.dims4()?;
+        let pad = padding.of(h, w, 2);
+        let x = x.pad_with_zeros(2, pad.top, pad.bottom)?.pad_with_zeros(3, pad.left, pad.right)?;
+        bias_act(&x.conv2d(&self.weight, 0, 2, 1, 1)?.contiguous()?, &self.bias, Activation::Relu6)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Block {
+    expand: Option<Conv>,
+    depthwise: Conv,
+    project: Conv,
+    stride: usize,
+    residual: bool,
+}
+
+impl Block {
+    fn forward(&self, x: &Tensor, padding: Padding) -> Result<Tensor> {
+        let expanded = match &self.expand {
+            Some(conv) => conv.pointwise(x, Activation::Relu6)?,
+            None => x.clone(),
+        };
+        let (_, _, h, w) = expanded.dims4()?;
+        let pad = padding.of(h, w, self.stride);
+        let Conv { weight, bias } = &self.depthwise;
+        let y = depthwise3x3(&expanded, weight, bias, self.stride, pad, Activation::Relu6)?;
+        let y = self.project.pointwise(&y, Activation::None)?;
+        if self.residual {
+            y + x
+        } else {
+            Ok(y)
+        }
+    }
+}
+
+/// The network.
+#[derive(Clone, Debug)]
+pub struct MobileNetV2 {
+    stem: Conv,
+    blocks: Vec<Block>,
+    padding: Padding,
+}
+
+impl MobileNetV2 {
+    /// Builds from folded tensors that `get` returns by our names (`blocks.3.expand.weight`).
+    ///
+    /// Errors: whatever `get` says.
+    pub fn new<E>(padding: Padding, mut get: impl FnMut(&str) -> std::result::Result<Tensor, E>) -> std::result::Result<Self, E> {
+        let mut conv = |name: String| -> std::result::Result<Conv, E> {
+            Ok(Conv { weight: get(&format!("{name}.weight"))?, bias: get(&format!("{name}.bias"))? })
+        };
+        let stem = conv("stem".into())?;
+        let blocks = blocks()
+            .into_iter()
+            .map(|b| {
+                let n = b.number;
+                Ok(Block {
+                    expand: if b.expand { Some(conv(format!("blocks.{n}.expand"))?) } else { None },
+                    depthwise: conv(format!("blocks.{n}.depthwise"))?,
+                    project: conv(format!("blocks.{n}.project"))?,
+                    stride: b.stride,
+                    residual: b.stride == 1 && b.input == b.output,
+                })
+            })
+            .collect::<std::result::Result<_, E>>()?;
+        Ok(Self { stem, blocks, padding })
+    }
+
+    /// The three taps of `x` (N x 3 x H x W, normalised): N x 32 x H/8 x W/8, N x 96 x H/16 x W/16,
+    /// N x 320 x H/32 x W/32.
+    pub fn taps(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        let mut x = self.stem.stem(x, self.padding)?;
+        let mut taps = Vec::with_capacity(3);
+        for (i, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, self.padding)?;
+            if TAPS.contains(&(i + 1)) {
+                taps.push(x.clone());
+            }
+        }
+        taps.try_into().map_err(|_| candle_core::Error::Msg("a tap is missing".into()))
+    }
+
+    /// The global descriptor, N x 448, rows of unit length.
+    pub fn describe(&self, x: &Tensor, pooling: Pooling, tap_norm: bool) -> Result<Tensor> {
+        let pooled = self
+            .taps(x)?
+            .iter()
+            .map(|tap| {
+                let v = pooling.pool(tap)?;
+                if tap_norm {
+                    l2_normalize(&v)
+                } else {
+                    Ok(v)
+                }
+            })
+            .collect::<Result<Vec<_>>>()?;
+        l2_normalize(&Tensor::cat(&pooled, 1)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_convolutions_is_the_papers() {
+        let specs = conv_specs();
+        assert_eq!(specs.len(), 50 + 1);
+        assert_eq!(specs[1].name, "blocks.1.depthwise");
+        assert_eq!(specs[3].torchvision, "features.2.conv.0.0");
+        assert_eq!(specs.last().map(|s| s.shape), Some([320, 960, 1, 1]));
+        let weights: usize = specs.iter().map(|s| s.shape.iter().product::<usize>() + s.shape[0]).sum();
+        // torchvision's 3 504 872 parameters less the classifier (1 281 000), the last convolution
+        // (1280 * 320 + 2 * 1280) and one of each folded batch norm's two vectors.
+        let norms: usize = specs.iter().map(|s| s.shape[0]).sum();
+        assert_eq!(weights, 3_504_872 - 1_281_000 - 1280 * 320 - 2 * 1280 - norms);
+    }
+}

@@ -1,0 +1,113 @@
+//! The descriptor model: MobileNetV2 with three taps (method of StructVPR's rgb branch), its
+//! weights and its preprocessing.
+
+pub mod kernels;
+mod mobilenet_v2;
+mod pooling;
+mod weights;
+
+pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
+pub use pooling::{l2_normalize, Pooling, GEM_EPS};
+pub use weights::{ModelSpec, Weights, ARCHITECTURE, MAX_SIDE};
+
+use crate::descriptor::{Descriptor, ModelIdentity};
+use crate::error::{Error, Result};
+use crate::image::RgbImage;
+use candle_core::{DType, Device, Tensor};
+use sha2::{Digest, Sha256};
+
+/// The model in the repository: what the commands use when none is given.
+const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safetensors");
+
+/// A loaded model: network, preprocessing and identity.
+#[derive(Debug)]
+pub struct Model {
+    spec: ModelSpec,
+    identity: ModelIdentity,
+    net: MobileNetV2,
+}
+
+impl Model {
+    /// Builds from parsed weights.
+    pub fn new(weights: &Weights) -> Result<Self> {
+        weights.spec.validate()?;
+        let net = MobileNetV2::new(weights.spec.padding, |name| {
+            weights
+                .tensors
+                .get(name)
+                .cloned()
+                .ok_or_else(|| Error::TensorMissing { name: name.into(), layout: weights.layout })
+        })?;
+        let mut hash = Sha256::new();
+        hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);
+        for (name, tensor) in &weights.tensors {
+            hash.update(name.as_bytes());
+            for v in tensor.flatten_all()?.to_vec1::<f32>()? {
+                hash.update(v.to_le_bytes());
+            }
+        }
+        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
+        Ok(Self { spec: weights.spec.clone(), identity, net })
+    }
+
+    /// Parses a weight file of any layout that [`Weights::parse`] knows.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        Self::new(&Weights::parse(bytes)?)
+    }
+
+    /// The model that the repository ships.
+    pub fn shipped() -> Result<Self> {
+        Self::from_bytes(SHIPPED)
+    }
+
+    /// Preprocessing, pooling and provenance.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Name and hash.
+    pub fn identity(&self) -> &ModelIdentity {
+        &self.identity
+    }
+
+    /// Resizes by area to the model's input and normalises: 1 x 3 x H x W.
+    pub fn preprocess(&self, image: &RgbImage) -> Result<Tensor> {
+        let (w, h) = (self.spec.input_width, self.spec.input_height);
+        let resized = image.resize_area(w as u32, h as u32)?;
+        let mut planes = vec![0f32; 3 * w * h];
+        for (c, plane) in planes.chunks_exact_mut(w * h).enumerate() {
+            let scale = 1.0 / (255.0 * self.spec.std[c]);
+            let shift = -self.spec.mean[c] / self.spec.std[c];
+            for (out, pixel) in plane.iter_mut().zip(resized.data().chunks_exact(3)) {
+                *out = f32::from(pixel[c]) * scale + shift;
+            }
+        }
+        Ok(Tensor::from_vec(planes, (1, 3, h, w), &Device::Cpu)?)
+    }
+
+    /// The global descriptor of one image, 448-d.
+    pub fn describe(&self, image: &RgbImage) -> Result<Descriptor> {
+        self.describe_tensor(&self.preprocess(image)?)
+    }
+
+    /// The global descriptor of one preprocessed image (1 x 3 x H x W).
+    pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
+        let d = self.net.describe(x, self.spec.pooling, self.spec.tap_norm)?;
+        Descriptor::new(d.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?)
+    }
+}
+
+/// A number in [-1, 1) from a seed and an index: splitmix64. The golden-value scripts make the
+/// same numbers in Python, so that no weight file needs to be in the repository.
+#[cfg(test)]
+pub(crate) fn test_noise(seed: u64, index: u64) -> f32 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^= z >> 31;
+    ((z >> 40) as f32) / ((1u64 << 23) as f32) - 1.0
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,295 @@
+//! The loop detector: a keyframe in, a closure or the reason against one out.
+
+use crate::config::{Config, FALLBACK_SIMILARITY_THRESHOLD};
+use crate::descriptor::Descriptor;
+use crate::error::Result;
+use crate::map::{Hit, Keyframe, Link, Map};
+use nalgebra::Isometry3;
+use serde::Serialize;
+
+/// One described image.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// Header stamp, nanoseconds.
+    pub stamp_ns: i64,
+    /// File name or topic and stamp, for reports.
+    pub name: String,
+    /// Its global descriptor.
+    pub descriptor: Descriptor,
+    /// Standard deviation of its luma, 0 to 255.
+    pub luma_std: f32,
+    /// `T_odom_base` at the stamp, metres.
+    pub odom_from_base: Option<Isometry3<f64>>,
+}
+
+/// Why an image did not become a keyframe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Skip {
+    /// Dark, white, constant or covered: there is nothing to recognise.
+    LowQuality,
+    /// Sooner after the last keyframe than `keyframe.min_interval_s`.
+    TooSoon,
+    /// Nothing moved since the last keyframe: parked.
+    Stationary,
+    /// Its stamp lies before the last keyframe's.
+    TimeJump,
+}
+
+/// Why a keyframe closed no loop. Names as in `LoopClosureCandidate.msg`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Reason {
+    /// The map holds nothing outside the exclusion window.
+    TooRecent,
+    /// The best similarity is below the threshold.
+    LowSimilarity,
+    /// Another place looks nearly as alike.
+    Ambiguous,
+    /// Too few consecutive keyframes point at the same stretch.
+    NotConsistent,
+    /// The odometry says that the places are far apart.
+    PoseGate,
+    /// A closure was published too short a time ago.
+    RateLimit,
+}
+
+impl Reason {
+    /// All reasons, in the order in which they are checked.
+    pub const ALL: [Self; 6] =
+        [Self::TooRecent, Self::LowSimilarity, Self::Ambiguous, Self::NotConsistent, Self::PoseGate, Self::RateLimit];
+
+    /// The name in messages and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TooRecent => "TOO_RECENT",
+            Self::LowSimilarity => "LOW_SIMILARITY",
+            Self::Ambiguous => "AMBIGUOUS",
+            Self::NotConsistent => "NOT_CONSISTENT",
+            Self::PoseGate => "POSE_GATE",
+            Self::RateLimit => "RATE_LIMIT",
+        }
+    }
+}
+
+/// What became of a keyframe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// A loop, to be published.
+    Closure,
+    /// None, and why.
+    Rejected(Reason),
+}
+
+/// The best place and what speaks against it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evidence {
+    /// Keyframe of the map.
+    pub matched: usize,
+    /// Its cosine similarity.
+    pub similarity: f32,
+    /// The best keyframe of any other place.
+    pub second: Option<Hit>,
+    /// `similarity - second.similarity`; `None` when there is no other place.
+    pub margin: Option<f32>,
+    /// Consecutive keyframes, this one included, that point here.
+    pub consistent_count: usize,
+    /// Stamp of the query less that of the match, seconds.
+    pub time_gap_s: f64,
+    /// Distance of the two poses in the odometry frame, metres; of one session only.
+    pub odometry_distance_m: Option<f64>,
+}
+
+/// The full account of one keyframe.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// Its id in the map.
+    pub query: usize,
+    /// Closure or reason.
+    pub outcome: Outcome,
+    /// `None` when nothing could be compared.
+    pub evidence: Option<Evidence>,
+}
+
+/// What became of an image.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// No keyframe.
+    Skipped(Skip),
+    /// A keyframe, added to the map.
+    Keyframe(Decision),
+}
+
+/// A place that a recent keyframe pointed at.
+#[derive(Clone, Copy, Debug)]
+struct Pointer {
+    row: usize,
+    count: usize,
+}
+
+/// Detects loops over a stream of frames. Deterministic: the same frames give the same decisions.
+#[derive(Debug)]
+pub struct LoopDetector {
+    config: Config,
+    threshold: f32,
+    map: Map,
+    session: u32,
+    /// Row and descriptor of the last keyframe of this run.
+    last: Option<(usize, Descriptor)>,
+    /// Where the previous keyframe pointed, with the length of each chain.
+    pointers: Vec<Pointer>,
+    last_closure_ns: Option<i64>,
+}
+
+impl LoopDetector {
+    /// Starts a session on `map`. `recommended` is the threshold of the model's header.
+    ///
+    /// Errors: a setting out of range.
+    pub fn new(config: Config, map: Map, recommended: Option<f32>) -> Result<Self> {
+        config.validate()?;
+        let threshold = match config.decision.similarity_threshold {
+            t if t > -1.0 => t as f32,
+            _ => recommended.unwrap_or(FALLBACK_SIMILARITY_THRESHOLD as f32),
+        };
+        let session = map.next_session();
+        Ok(Self { config, threshold, map, session, last: None, pointers: Vec::new(), last_closure_ns: None })
+    }
+
+    /// The map with all that was added.
+    pub fn map(&self) -> &Map {
+        &self.map
+    }
+
+    /// The settings in use.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The similarity threshold in use, after the model's recommendation.
+    pub fn threshold(&self) -> f32 {
+        self.threshold
+    }
+
+    /// The number of this run in the map.
+    pub fn session(&self) -> u32 {
+        self.session
+    }
+
+    /// Takes one frame.
+    ///
+    /// Errors: a descriptor of another dimension than the map's; then nothing changes.
+    pub fn process(&mut self, frame: Frame) -> Result<Step> {
+        if let Some(skip) = self.skip(&frame) {
+            return Ok(Step::Skipped(skip));
+        }
+        let hits = self.search(&frame);
+        let (best, second) = self.places(&hits);
+        let pointers = self.follow(&hits);
+        let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
+        let outcome = self.decide(&frame, evidence.as_ref());
+        let query = self.remember(frame, evidence.as_ref(), outcome)?;
+        self.pointers = pointers;
+        Ok(Step::Keyframe(Decision { query, outcome, evidence }))
+    }
+
+    fn skip(&self, frame: &Frame) -> Option<Skip> {
+        let settings = &self.config.keyframe;
+        // NaN is low quality too.
+        if !(f64::from(frame.luma_std) >= settings.min_luma_std) {
+            return Some(Skip::LowQuality);
+        }
+        let (row, descriptor) = self.last.as_ref()?;
+        let last = &self.map.keyframes()[*row];
+        let since = frame.stamp_ns.saturating_sub(last.stamp_ns);
+        if since < 0 {
+            return Some(Skip::TimeJump);
+        }
+        if (since as f64) < settings.min_interval_s * 1e9 {
+            return Some(Skip::TooSoon);
+        }
+        let still = match (last.odom_from_base, frame.odom_from_base) {
+            (Some(a), Some(b)) => {
+                (a.translation.vector - b.translation.vector).norm() < settings.min_distance_m
+                    && a.rotation.angle_to(&b.rotation).to_degrees() < settings.min_rotation_deg
+            }
+            _ => 1.0 - f64::from(descriptor.similarity(&frame.descriptor)) < settings.min_descriptor_change,
+        };
+        still.then_some(Skip::Stationary)
+    }
+
+    fn search(&self, frame: &Frame) -> Vec<Hit> {
+        let s = &self.config.search;
+        let open = self.map.outside_window(self.session, frame.stamp_ns, s.exclusion_s, s.exclusion_keyframes);
+        self.map.index().search(&frame.descriptor, s.top_k, &open)
+    }
+
+    /// Merges neighbouring hits: the best hit, and the best that is another place.
+    fn places(&self, hits: &[Hit]) -> (Option<Hit>, Option<Hit>) {
+        let radius = self.config.decision.place_radius;
+        let best = hits.first().copied();
+        let other = |b: Hit| hits.iter().find(|h| !self.map.same_place(b.row, h.row, radius)).copied();
+        (best, best.and_then(other))
+    }
+
+    /// Where this keyframe points, each with the length of the chain that leads there.
+    fn follow(&self, hits: &[Hit]) -> Vec<Pointer> {
+        let window = self.config.decision.consistency_window;
+        hits.iter()
+            .filter(|h| h.similarity >= self.threshold)
+            .map(|h| {
+                let before = self.pointers.iter().filter(|p| self.map.same_place(p.row, h.row, window));
+                Pointer { row: h.row, count: 1 + before.map(|p| p.count).max().unwrap_or(0) }
+            })
+            .collect()
+    }
+
+    fn evidence(&self, frame: &Frame, best: Hit, second: Option<Hit>, pointers: &[Pointer]) -> Evidence {
+        let matched = &self.map.keyframes()[best.row];
+        let pose = matched.odom_from_base.filter(|_| matched.session == self.session);
+        let distance = |(a, b): (Isometry3<f64>, Isometry3<f64>)| (a.translation.vector - b.translation.vector).norm();
+        Evidence {
+            matched: best.row,
+            similarity: best.similarity,
+            second,
+            margin: second.map(|s| best.similarity - s.similarity),
+            consistent_count: pointers.iter().find(|p| p.row == best.row).map_or(0, |p| p.count),
+            time_gap_s: frame.stamp_ns.saturating_sub(matched.stamp_ns) as f64 * 1e-9,
+            odometry_distance_m: pose.zip(frame.odom_from_base).map(distance),
+        }
+    }
+
+    fn decide(&self, frame: &Frame, evidence: Option<&Evidence>) -> Outcome {
+        let d = &self.config.decision;
+        let Some(e) = evidence else { return Outcome::Rejected(Reason::TooRecent) };
+        let too_soon = |last: i64| (frame.stamp_ns.saturating_sub(last) as f64) < d.min_closure_interval_s * 1e9;
+        let reason = if e.similarity < self.threshold {
+            Reason::LowSimilarity
+        } else if e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
+            Reason::Ambiguous
+        } else if e.consistent_count < d.min_consistent {
+            Reason::NotConsistent
+        } else if d.max_odometry_distance_m > 0.0 && e.odometry_distance_m.is_some_and(|m| m > d.max_odometry_distance_m) {
+            Reason::PoseGate
+        } else if self.last_closure_ns.is_some_and(too_soon) {
+            Reason::RateLimit
+        } else {
+            return Outcome::Closure;
+        };
+        Outcome::Rejected(reason)
+    }
+
+    fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome) -> Result<usize> {
+        let Frame { stamp_ns, name, descriptor, odom_from_base, .. } = frame;
+        let keyframe = Keyframe { session: self.session, stamp_ns, name, odom_from_base };
+        let query = self.map.push(keyframe, &descriptor)?;
+        if let (Outcome::Closure, Some(e)) = (outcome, evidence) {
+            self.map.link(Link { query, matched: e.matched });
+            self.last_closure_ns = Some(stamp_ns);
+        }
+        self.last = Some((query, descriptor));
+        Ok(query)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,165 @@
+use super::*;
+use crate::descriptor::ModelIdentity;
+use proptest::prelude::*;
+
+/// A ring road of `places`, one descriptor each; neighbours are alike, others are not.
+fn place(at: f64, noise: u64) -> Descriptor {
+    let values = (0..64u64)
+        .map(|d| {
+            let centre = d as f64 - at.rem_euclid(64.0);
+            let near = (-(centre * centre) / 4.0).exp() as f32;
+            near + 0.02 * crate::model::test_noise(noise, d)
+        })
+        .collect();
+    Descriptor::new(values).unwrap()
+}
+
+fn frame(seconds: f64, at: f64) -> Frame {
+    Frame {
+        stamp_ns: (seconds * 1e9) as i64,
+        name: format!("{seconds}"),
+        descriptor: place(at, (seconds * 1e3) as u64),
+        luma_std: 40.0,
+        odom_from_base: None,
+    }
+}
+
+fn detector(change: impl FnOnce(&mut Config)) -> LoopDetector {
+    let mut config = Config::default();
+    change(&mut config);
+    LoopDetector::new(config, Map::new(ModelIdentity::default()), Some(0.8)).unwrap()
+}
+
+fn decisions(detector: &mut LoopDetector, frames: impl IntoIterator<Item = Frame>) -> Vec<Decision> {
+    frames
+        .into_iter()
+        .filter_map(|f| match detector.process(f).unwrap() {
+            Step::Keyframe(d) => Some(d),
+            Step::Skipped(_) => None,
+        })
+        .collect()
+}
+
+#[test]
+fn the_second_lap_closes_and_the_first_does_not() {
+    let mut d = detector(|_| {});
+    let all = decisions(&mut d, (0..120).map(|i| frame(f64::from(i), f64::from(i % 60))));
+    assert!(all[..60].iter().all(|d| d.outcome != Outcome::Closure));
+    let closed: Vec<_> = all.iter().filter(|d| d.outcome == Outcome::Closure).collect();
+    assert!(closed.len() >= 55, "{}", closed.len());
+    for c in closed {
+        assert!(c.query.abs_diff(c.evidence.unwrap().matched + 60) <= 1, "{c:?}");
+    }
+    // The first keyframes of a chain wait for company.
+    assert_eq!(all[61].outcome, Outcome::Rejected(Reason::NotConsistent));
+}
+
+#[test]
+fn each_reason_is_given_for_its_own_cause() {
+    let lap = || (0..60).map(|i| frame(f64::from(i), f64::from(i)));
+    let last = |d: &mut LoopDetector, f: Frame| decisions(d, [f]).pop().unwrap().outcome;
+    assert_eq!(last(&mut detector(|_| {}), frame(0.0, 0.0)), Outcome::Rejected(Reason::TooRecent));
+
+    let mut d = detector(|c| c.decision.similarity_threshold = 0.999);
+    decisions(&mut d, lap());
+    assert_eq!(last(&mut d, frame(100.0, 10.5)), Outcome::Rejected(Reason::LowSimilarity));
+
+    let mut d = detector(|c| c.decision.min_consistent = 1);
+    // Two places that look the same, far apart.
+    decisions(&mut d, lap().chain((60..80).map(|i| frame(f64::from(i), 20.0 + f64::from(i - 60)))).filter(|f| f.stamp_ns < 45_000_000_000 || f.stamp_ns > 60_000_000_000));
+    let mut d2 = detector(|c| {
+        c.decision.min_consistent = 1;
+        c.search.exclusion_s = 5.0;
+    });
+    decisions(&mut d2, (0..30).map(|i| frame(f64::from(i), if i < 15 { f64::from(i) } else { f64::from(i - 15) + 0.01 })).collect::<Vec<_>>().into_iter().map(|mut f| {
+        f.luma_std = 30.0;
+        f
+    }));
+    // Unlink what the second pass closed, so that it counts as another place.
+    let map = {
+        let mut fresh = Map::new(ModelIdentity::default());
+        for (i, k) in d2.map().keyframes().iter().enumerate() {
+            fresh.push(k.clone(), &Descriptor::new(d2.map().index().row(i).to_vec()).unwrap()).unwrap();
+        }
+        fresh
+    };
+    let mut d3 = LoopDetector::new(Config::default(), map, Some(0.8)).unwrap();
+    assert_eq!(last(&mut d3, frame(500.0, 7.0)), Outcome::Rejected(Reason::Ambiguous));
+
+    let mut d = detector(|c| {
+        c.decision.min_consistent = 1;
+        c.decision.min_closure_interval_s = 5.0;
+    });
+    decisions(&mut d, lap());
+    assert_eq!(last(&mut d, frame(100.0, 10.0)), Outcome::Closure);
+    assert_eq!(last(&mut d, frame(101.0, 11.0)), Outcome::Rejected(Reason::RateLimit));
+    assert_eq!(last(&mut d, frame(106.0, 12.0)), Outcome::Closure);
+
+    let mut d = detector(|c| {
+        c.decision.min_consistent = 1;
+        c.decision.max_odometry_distance_m = 20.0;
+    });
+    let at = |f: Frame, x: f64| Frame { odom_from_base: Some(Isometry3::translation(x, 0.0, 0.0)), ..f };
+    decisions(&mut d, lap().enumerate().map(|(i, f)| at(f, i as f64)));
+    assert_eq!(last(&mut d, at(frame(100.0, 10.0), 500.0)), Outcome::Rejected(Reason::PoseGate));
+    assert_eq!(last(&mut d, at(frame(101.0, 11.0), 12.0)), Outcome::Closure);
+}
+
+#[test]
+fn nothing_is_added_while_parked_and_bad_images_and_stamps_are_named() {
+    let mut d = detector(|_| {});
+    assert!(matches!(d.process(frame(0.0, 5.0)).unwrap(), Step::Keyframe(_)));
+    for i in 1..3600 {
+        let mut f = frame(f64::from(i), 5.0);
+        f.descriptor = place(5.0, i as u64);
+        assert_eq!(d.process(f).unwrap(), Step::Skipped(Skip::Stationary));
+    }
+    assert_eq!(d.process(frame(3600.1, 9.0)).map(|s| matches!(s, Step::Keyframe(_))).unwrap_or(false), true);
+    assert_eq!(d.process(frame(3600.2, 14.0)).unwrap(), Step::Skipped(Skip::TooSoon));
+    assert_eq!(d.process(frame(10.0, 14.0)).unwrap(), Step::Skipped(Skip::TimeJump));
+    let dark = Frame { luma_std: 1.0, ..frame(4000.0, 20.0) };
+    assert_eq!(d.process(dark).unwrap(), Step::Skipped(Skip::LowQuality));
+    let nan = Frame { luma_std: f32::NAN, ..frame(4000.0, 20.0) };
+    assert_eq!(d.process(nan).unwrap(), Step::Skipped(Skip::LowQuality));
+    assert_eq!(d.map().keyframes().len(), 2);
+
+    // With odometry the wheels decide, whatever passes before the lens.
+    let mut d = detector(|_| {});
+    let at = |f: Frame, x: f64| Frame { odom_from_base: Some(Isometry3::translation(x, 0.0, 0.0)), ..f };
+    d.process(at(frame(0.0, 0.0), 0.0)).unwrap();
+    assert_eq!(d.process(at(frame(1.0, 30.0), 0.1)).unwrap(), Step::Skipped(Skip::Stationary));
+    assert!(matches!(d.process(at(frame(2.0, 0.0), 3.0)).unwrap(), Step::Keyframe(_)));
+}
+
+#[test]
+fn a_third_lap_is_no_less_certain_than_the_second() {
+    let mut d = detector(|_| {});
+    let all = decisions(&mut d, (0..180).map(|i| frame(f64::from(i), f64::from(i % 60))));
+    let closed = |range: std::ops::Range<usize>| all[range].iter().filter(|d| d.outcome == Outcome::Closure).count();
+    assert!(closed(120..180) >= 55, "{} after {}", closed(120..180), closed(60..120));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// A closure never breaks a setting, and the account of a run is the same twice.
+    #[test]
+    fn closures_keep_every_setting(stops in proptest::collection::vec((0.1f64..3.0, 0f64..64.0), 1..150), margin in 0f64..0.2, consistent in 1usize..5) {
+        let run = || {
+            let mut d = detector(|c| { c.decision.min_margin = margin; c.decision.min_consistent = consistent; });
+            let mut t = 0.0;
+            let all = decisions(&mut d, stops.iter().map(|(dt, at)| { t += dt; frame(t, *at) }));
+            (all, d.map().keyframes().to_vec())
+        };
+        let (all, keyframes) = run();
+        for d in &all {
+            if d.outcome == Outcome::Closure {
+                let e = d.evidence.unwrap();
+                prop_assert!(e.similarity >= 0.8 && e.consistent_count >= consistent);
+                prop_assert!(e.margin.is_none_or(|m| f64::from(m) >= margin));
+                prop_assert!(d.query - e.matched >= 10 && e.time_gap_s >= 20.0 - 1e-9);
+                prop_assert_eq!(keyframes[d.query].session, 0);
+            }
+        }
+        prop_assert_eq!(all, run().0);
+    }
+}

@@ -1,0 +1,3 @@
+//! Training for StructVPR. Nothing imports this crate.
+
+pub mod world;
