@@ -1,5 +1,6 @@
 //! Visual place recognition and loop closure: StructVPR on Candle. See the README.
 
+pub mod bag;
 pub mod config;
 pub mod dataset;
 pub mod descriptor;
@@ -10,3 +11,4 @@ pub mod map;
 pub mod model;
 pub mod pickle;
 pub mod pipeline;
+pub mod replay;

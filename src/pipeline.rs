@@ -36,6 +36,18 @@ pub enum Skip {
     TimeJump,
 }
 
+impl Skip {
+    /// The name in tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::LowQuality => "LOW_QUALITY",
+            Self::TooSoon => "TOO_SOON",
+            Self::Stationary => "STATIONARY",
+            Self::TimeJump => "TIME_JUMP",
+        }
+    }
+}
+
 /// Why a keyframe closed no loop. Names as in `LoopClosureCandidate.msg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
