@@ -70,6 +70,15 @@ pub struct DecisionConfig {
     pub min_consistent: usize,
     /// How far, in keyframes, the match may move between two consecutive keyframes.
     pub consistency_window: usize,
+    /// Places per keyframe that chains may run through; 1: only the best.
+    pub consistency_places: usize,
+    /// Slowest advance of the match per keyframe, in keyframes, forwards or backwards: a match that
+    /// stands still while the robot moves is a look-alike.
+    pub min_pace: f64,
+    /// Fastest advance of the match per keyframe, in keyframes.
+    pub max_pace: f64,
+    /// How far, in keyframes, a match of the chain may lie off an even advance.
+    pub max_pace_error: f64,
     /// Shortest time between two closures, seconds; 0: no limit.
     pub min_closure_interval_s: f64,
     /// With odometry: closures over a longer distance than this in the odometry frame are refused,
@@ -83,8 +92,12 @@ impl Default for DecisionConfig {
             similarity_threshold: -1.0,
             min_margin: 0.01,
             place_radius: 8,
-            min_consistent: 3,
+            min_consistent: 10,
             consistency_window: 4,
+            consistency_places: 2,
+            min_pace: 0.5,
+            max_pace: 2.0,
+            max_pace_error: 2.0,
             min_closure_interval_s: 0.0,
             max_odometry_distance_m: 0.0,
         }
@@ -107,6 +120,9 @@ impl Config {
             ("search.exclusion_s", s.exclusion_s, 0.0, 86400.0),
             ("decision.similarity_threshold", d.similarity_threshold, -1.0, 1.0),
             ("decision.min_margin", d.min_margin, 0.0, 2.0),
+            ("decision.min_pace", d.min_pace, 0.0, 100.0),
+            ("decision.max_pace", d.max_pace, d.min_pace, 100.0),
+            ("decision.max_pace_error", d.max_pace_error, 0.0, 1000.0),
             ("decision.min_closure_interval_s", d.min_closure_interval_s, 0.0, 3600.0),
             ("decision.max_odometry_distance_m", d.max_odometry_distance_m, 0.0, 1e6),
         ];
@@ -121,6 +137,7 @@ impl Config {
             ("decision.place_radius", d.place_radius, 0, 10_000),
             ("decision.min_consistent", d.min_consistent, 1, 100),
             ("decision.consistency_window", d.consistency_window, 0, 10_000),
+            ("decision.consistency_places", d.consistency_places, 1, 100),
         ];
         for (field, value, low, high) in counts {
             if !(low..=high).contains(&value) {

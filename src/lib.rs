@@ -12,3 +12,9 @@ pub mod model;
 pub mod pickle;
 pub mod pipeline;
 pub mod replay;
+pub mod simd;
+
+#[cfg(test)]
+mod test_noise;
+#[cfg(test)]
+pub(crate) use test_noise::test_noise;

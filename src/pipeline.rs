@@ -58,7 +58,8 @@ pub enum Reason {
     LowSimilarity,
     /// Another place looks nearly as alike.
     Ambiguous,
-    /// Too few consecutive keyframes point at the same stretch.
+    /// Too few consecutive keyframes point at the same stretch, or the match does not advance with
+    /// the robot.
     NotConsistent,
     /// The odometry says that the places are far apart.
     PoseGate,
@@ -106,6 +107,9 @@ pub struct Evidence {
     pub margin: Option<f32>,
     /// Consecutive keyframes, this one included, that point here.
     pub consistent_count: usize,
+    /// How evenly the match advanced over the last `min_consistent` of them; `None` if there are
+    /// fewer, or fewer than three.
+    pub advance: Option<Advance>,
     /// Stamp of the query less that of the match, seconds.
     pub time_gap_s: f64,
     /// Distance of the two poses in the odometry frame, metres; of one session only.
@@ -132,11 +136,43 @@ pub enum Step {
     Keyframe(Decision),
 }
 
-/// A place that a recent keyframe pointed at.
-#[derive(Clone, Copy, Debug)]
+/// A straight line through the matches of consecutive keyframes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Advance {
+    /// Keyframes of the map per keyframe of the run; negative when driven the other way.
+    pub pace: f64,
+    /// Largest distance of a match from the line, in keyframes.
+    pub error: f64,
+}
+
+impl Advance {
+    /// The least-squares line; `None` for fewer than three rows, through which any line would do.
+    fn of(rows: &[usize]) -> Option<Self> {
+        if rows.len() < 3 {
+            return None;
+        }
+        let n = rows.len() as f64;
+        let (mx, my) = ((n - 1.0) / 2.0, rows.iter().map(|r| *r as f64).sum::<f64>() / n);
+        let centred = || rows.iter().enumerate().map(|(i, r)| (i as f64 - mx, *r as f64 - my));
+        let pace = centred().map(|(x, y)| x * y).sum::<f64>() / centred().map(|(x, _)| x * x).sum::<f64>();
+        let error = centred().map(|(x, y)| (y - pace * x).abs()).fold(0.0, f64::max);
+        Some(Self { pace, error })
+    }
+}
+
+/// A place that the last keyframe pointed at, and the chain that led there.
+#[derive(Clone, Debug)]
 struct Pointer {
-    row: usize,
+    /// Matches of consecutive keyframes, this one's last; at most `min_consistent`.
+    rows: Vec<usize>,
+    /// Length of the whole chain.
     count: usize,
+}
+
+impl Pointer {
+    fn row(&self) -> usize {
+        self.rows.last().copied().unwrap_or(usize::MAX)
+    }
 }
 
 /// Detects loops over a stream of frames. Deterministic: the same frames give the same decisions.
@@ -243,28 +279,46 @@ impl LoopDetector {
         (best, best.and_then(other))
     }
 
-    /// Where this keyframe points, each with the length of the chain that leads there.
+    /// Where this keyframe points: the best hit of each stretch of the map, with the longest chain
+    /// that leads there.
     fn follow(&self, hits: &[Hit]) -> Vec<Pointer> {
-        let window = self.config.decision.consistency_window;
-        hits.iter()
-            .filter(|h| h.similarity >= self.threshold)
-            .map(|h| {
-                let before = self.pointers.iter().filter(|p| self.map.same_place(p.row, h.row, window));
-                Pointer { row: h.row, count: 1 + before.map(|p| p.count).max().unwrap_or(0) }
-            })
-            .collect()
+        let d = &self.config.decision;
+        let session = |row: usize| self.map.keyframes()[row].session;
+        let near = |a: usize, b: usize, n: usize| a.abs_diff(b) <= n && session(a) == session(b);
+        let mut stretches: Vec<usize> = Vec::new();
+        for hit in hits {
+            if stretches.len() == d.consistency_places {
+                break;
+            }
+            if !stretches.iter().any(|s| near(*s, hit.row, d.place_radius)) {
+                stretches.push(hit.row);
+            }
+        }
+        let extend = |row: usize| {
+            let before = self.pointers.iter().filter(|p| near(p.row(), row, d.consistency_window));
+            // The longest; the first (best) of equals.
+            let before = before.reduce(|a, b| if b.count > a.count { b } else { a });
+            let mut rows = before.map(|p| p.rows.clone()).unwrap_or_default();
+            rows.push(row);
+            let surplus = rows.len().saturating_sub(d.min_consistent);
+            rows.drain(..surplus);
+            Pointer { rows, count: 1 + before.map_or(0, |p| p.count) }
+        };
+        stretches.into_iter().map(extend).collect()
     }
 
     fn evidence(&self, frame: &Frame, best: Hit, second: Option<Hit>, pointers: &[Pointer]) -> Evidence {
         let matched = &self.map.keyframes()[best.row];
         let pose = matched.odom_from_base.filter(|_| matched.session == self.session);
+        let chain = pointers.iter().find(|p| p.row() == best.row);
         let distance = |(a, b): (Isometry3<f64>, Isometry3<f64>)| (a.translation.vector - b.translation.vector).norm();
         Evidence {
             matched: best.row,
             similarity: best.similarity,
             second,
             margin: second.map(|s| best.similarity - s.similarity),
-            consistent_count: pointers.iter().find(|p| p.row == best.row).map_or(0, |p| p.count),
+            consistent_count: chain.map_or(0, |p| p.count),
+            advance: chain.filter(|p| p.rows.len() >= self.config.decision.min_consistent).and_then(|p| Advance::of(&p.rows)),
             time_gap_s: frame.stamp_ns.saturating_sub(matched.stamp_ns) as f64 * 1e-9,
             odometry_distance_m: pose.zip(frame.odom_from_base).map(distance),
         }
@@ -278,7 +332,7 @@ impl LoopDetector {
             Reason::LowSimilarity
         } else if e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
             Reason::Ambiguous
-        } else if e.consistent_count < d.min_consistent {
+        } else if e.consistent_count < d.min_consistent || !e.advance.is_none_or(|a| self.is_even(a)) {
             Reason::NotConsistent
         } else if d.max_odometry_distance_m > 0.0 && e.odometry_distance_m.is_some_and(|m| m > d.max_odometry_distance_m) {
             Reason::PoseGate
@@ -288,6 +342,11 @@ impl LoopDetector {
             return Outcome::Closure;
         };
         Outcome::Rejected(reason)
+    }
+
+    fn is_even(&self, a: Advance) -> bool {
+        let d = &self.config.decision;
+        (d.min_pace..=d.max_pace).contains(&a.pace.abs()) && a.error <= d.max_pace_error
     }
 
     fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome) -> Result<usize> {

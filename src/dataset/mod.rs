@@ -13,6 +13,7 @@ mod traverse;
 mod vprbench;
 
 pub use poses::{Pose2, PoseTable};
+pub use vprbench::parse_ground_truth as parse_vprbench_truth;
 
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -218,4 +219,35 @@ fn within(queries: &[Pose2], references: &[Pose2], radius: f64, degrees: f64) ->
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn numbers_in_names_count_as_numbers() {
+        let mut names = ["b1", "a10", "a2", "a02", "a", "10", "9"];
+        names.sort_by(|a, b| natural(a, b));
+        assert_eq!(names, ["9", "10", "a", "a02", "a2", "a10", "b1"]);
+    }
+
+    proptest! {
+        #[test]
+        fn natural_order_is_a_total_order(a in "[ab0-2]{0,6}", b in "[ab0-2]{0,6}", c in "[ab0-2]{0,6}") {
+            prop_assert_eq!(natural(&a, &b), natural(&b, &a).reverse());
+            prop_assert_eq!(natural(&a, &b).is_eq(), a == b);
+            if natural(&a, &b).is_lt() && natural(&b, &c).is_lt() {
+                prop_assert!(natural(&a, &c).is_lt());
+            }
+        }
+
+        #[test]
+        fn matlab_and_pose_readers_never_panic(noise in proptest::collection::vec(any::<u8>(), 0..300), text in "[0-9a-z,. \n-]{0,200}") {
+            let mut bytes = vec![0u8; 126];
+            bytes.extend_from_slice(b"IM");
+            bytes.extend_from_slice(&noise);
+            let _ = mat::parse(&bytes);
+            let _ = vprbench::parse_ground_truth(&noise);
+            let _ = PoseTable::parse(&text);
+        }
+    }
+}

@@ -3,7 +3,7 @@
 //! Reading is what costs: a map of 100 000 keyframes is 179 MB. So one sequential stream, each row
 //! read once, prefetched ahead; the query stays in the first-level cache.
 
-use crate::model::kernels::Isa;
+use crate::simd::Isa;
 
 /// `sum(a[i] * b[i])` over the shorter length.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -144,8 +144,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_instruction_set_agrees_with_f64(dim in 1usize..200, rows in 1usize..9, seed in any::<u64>()) {
-            let q: Vec<f32> = (0..dim as u64).map(|i| crate::model::test_noise(seed, i)).collect();
-            let r: Vec<f32> = (0..(dim * rows) as u64).map(|i| crate::model::test_noise(!seed, i)).collect();
+            let q: Vec<f32> = (0..dim as u64).map(|i| crate::test_noise(seed, i)).collect();
+            let r: Vec<f32> = (0..(dim * rows) as u64).map(|i| crate::test_noise(!seed, i)).collect();
             for isa in Isa::available() {
                 let mut out = vec![0f32; rows];
                 scores_with(isa, &q, &r, &mut out);

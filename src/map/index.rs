@@ -109,7 +109,7 @@ mod tests {
     proptest! {
         #[test]
         fn equals_a_full_sort(n in 0usize..1500, dim in 1usize..20, k in 0usize..30, a in 0usize..1500, b in 0usize..1500, seed in any::<u64>()) {
-            let vector = |i: u64| Descriptor::new((0..dim as u64).map(|d| crate::model::test_noise(seed, i * 64 + d)).collect());
+            let vector = |i: u64| Descriptor::new((0..dim as u64).map(|d| crate::test_noise(seed, i * 64 + d)).collect());
             let mut index = Index::new();
             // A few rows are repeated, so that ties occur.
             for i in 0..n as u64 { index.push(&vector(i % 700)?)?; }

@@ -22,14 +22,14 @@ const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safet
 /// A loaded model: network, preprocessing and identity.
 #[derive(Debug)]
 pub struct Model {
-    spec: ModelSpec,
+    weights: Weights,
     identity: ModelIdentity,
     net: MobileNetV2,
 }
 
 impl Model {
     /// Builds from parsed weights.
-    pub fn new(weights: &Weights) -> Result<Self> {
+    pub fn new(weights: Weights) -> Result<Self> {
         weights.spec.validate()?;
         let net = MobileNetV2::new(weights.spec.padding, |name| {
             weights
@@ -48,12 +48,12 @@ impl Model {
         }
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
-        Ok(Self { spec: weights.spec.clone(), identity, net })
+        Ok(Self { weights, identity, net })
     }
 
     /// Parses a weight file of any layout that [`Weights::parse`] knows.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
-        Self::new(&Weights::parse(bytes)?)
+        Self::new(Weights::parse(bytes)?)
     }
 
     /// The model that the repository ships.
@@ -63,7 +63,12 @@ impl Model {
 
     /// Preprocessing, pooling and provenance.
     pub fn spec(&self) -> &ModelSpec {
-        &self.spec
+        &self.weights.spec
+    }
+
+    /// The folded weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
     /// Name and hash.
@@ -73,12 +78,12 @@ impl Model {
 
     /// Resizes by area to the model's input and normalises: 1 x 3 x H x W.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Tensor> {
-        let (w, h) = (self.spec.input_width, self.spec.input_height);
+        let (w, h) = (self.spec().input_width, self.spec().input_height);
         let resized = image.resize_area(w as u32, h as u32)?;
         let mut planes = vec![0f32; 3 * w * h];
         for (c, plane) in planes.chunks_exact_mut(w * h).enumerate() {
-            let scale = 1.0 / (255.0 * self.spec.std[c]);
-            let shift = -self.spec.mean[c] / self.spec.std[c];
+            let scale = 1.0 / (255.0 * self.spec().std[c]);
+            let shift = -self.spec().mean[c] / self.spec().std[c];
             for (out, pixel) in plane.iter_mut().zip(resized.data().chunks_exact(3)) {
                 *out = f32::from(pixel[c]) * scale + shift;
             }
@@ -93,20 +98,9 @@ impl Model {
 
     /// The global descriptor of one preprocessed image (1 x 3 x H x W).
     pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
-        let d = self.net.describe(x, self.spec.pooling, self.spec.tap_norm)?;
+        let d = self.net.describe(x, self.spec().pooling, self.spec().tap_norm)?;
         Descriptor::new(d.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?)
     }
-}
-
-/// A number in [-1, 1) from a seed and an index: splitmix64. The golden-value scripts make the
-/// same numbers in Python, so that no weight file needs to be in the repository.
-#[cfg(test)]
-pub(crate) fn test_noise(seed: u64, index: u64) -> f32 {
-    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
-    ((z >> 40) as f32) / ((1u64 << 23) as f32) - 1.0
 }
 
 #[cfg(test)]

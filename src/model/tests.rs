@@ -1,1 +1,172 @@
+use super::*;
+use crate::eval::read_matrix;
+use crate::test_noise;
+use proptest::prelude::*;
+use std::collections::HashMap;
 
+fn noise(seed: usize, n: usize) -> Vec<f32> {
+    (0..n as u64).map(|i| test_noise(seed as u64, i)).collect()
+}
+
+/// A safetensors file of f32 tensors.
+fn file(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
+    let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let views = tensors.iter().zip(&bytes).map(|((n, s, _), b)| {
+        (n.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s.clone(), b).unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+/// The random weights of tests/golden/make.py under torchvision's names, batch norm apart.
+fn torchvision_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let mut out = Vec::new();
+    for (i, spec) in conv_specs().into_iter().enumerate() {
+        let c = spec.shape[0];
+        let scale = (6.0 / spec.shape[1..].iter().product::<usize>() as f64).sqrt() as f32;
+        let weight = noise(10 * i, spec.shape.iter().product()).into_iter().map(|v| v * scale).collect();
+        out.push((format!("{}.weight", spec.torchvision), spec.shape.to_vec(), weight));
+        let mut norm = |kind: &str, k: usize, base: f32, spread: f32| {
+            let v = noise(10 * i + k, c).into_iter().map(|v| base + spread * v).collect();
+            out.push((format!("{}.{kind}", spec.torchvision_norm), vec![c], v));
+        };
+        norm("weight", 1, 1.0, 0.2);
+        norm("bias", 2, 0.0, 0.1);
+        norm("running_mean", 3, 0.0, 0.1);
+        norm("running_var", 4, 1.0, 0.3);
+    }
+    out.push(("classifier.1.weight".into(), vec![2, 2], vec![0.0; 4]));
+    out.push(("features.18.0.weight".into(), vec![1], vec![0.0]));
+    out
+}
+
+fn tensorflow_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let mut out = Vec::new();
+    for (i, spec) in conv_specs().into_iter().enumerate() {
+        let scale = (6.0 / spec.shape[1..].iter().product::<usize>() as f64).sqrt() as f32;
+        let weight = noise(10 * i, spec.shape.iter().product()).into_iter().map(|v| v * scale).collect();
+        out.push((format!("conv{i:02}.weight"), spec.shape.to_vec(), weight));
+        out.push((format!("conv{i:02}.bias"), vec![spec.shape[0]], noise(10 * i + 1, spec.shape[0]).into_iter().map(|v| 0.1 * v).collect()));
+    }
+    out
+}
+
+fn worst(descriptor: &Descriptor, golden: &[u8]) -> f64 {
+    let golden = read_matrix(golden).unwrap();
+    assert_eq!(golden.data.len(), descriptor.dim());
+    golden.data.iter().zip(descriptor.as_slice()).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn torchvision_weights_agree_with_onnx_runtime() {
+    let model = Model::from_bytes(&file(&torchvision_tensors())).unwrap();
+    let x = Tensor::from_vec(noise(999, 3 * 96 * 128), (1, 3, 96, 128), &Device::Cpu).unwrap();
+    let worst = worst(&model.describe_tensor(&x).unwrap(), include_bytes!("../../tests/golden/torchvision_symmetric.npy"));
+    assert!(worst <= 1e-4, "{worst:e}");
+}
+
+#[test]
+fn tensorflow_weights_agree_with_onnx_runtime_at_odd_sizes() {
+    let model = Model::from_bytes(&file(&tensorflow_tensors())).unwrap();
+    let x = Tensor::from_vec(noise(998, 3 * 97 * 131), (1, 3, 97, 131), &Device::Cpu).unwrap();
+    let worst = worst(&model.describe_tensor(&x).unwrap(), include_bytes!("../../tests/golden/tensorflow_same.npy"));
+    assert!(worst <= 1e-4, "{worst:e}");
+}
+
+#[test]
+fn the_shipped_model_agrees_with_onnx_runtime_and_is_small() {
+    assert!(SHIPPED.len() <= 5 << 20, "{} bytes", SHIPPED.len());
+    let model = Model::shipped().unwrap();
+    let (w, h) = (model.spec().input_width, model.spec().input_height);
+    let pixels = (0..h).flat_map(|v| (0..w).flat_map(move |u| (1..4).map(move |c| ((u * 3 + v * c * 2) % 256) as u8))).collect();
+    let image = RgbImage::new(w as u32, h as u32, pixels).unwrap();
+    let worst = worst(&model.describe(&image).unwrap(), include_bytes!("../../tests/golden/shipped.npy"));
+    assert!(worst <= 1e-4, "{worst:e}");
+}
+
+#[test]
+fn what_is_written_is_read_again_with_its_header() {
+    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 2e-3)] {
+        let mut weights = Weights::parse(&file(&tensorflow_tensors())).unwrap();
+        weights.spec.name = "mine".into();
+        weights.spec.similarity_threshold = Some(0.5);
+        let bytes = weights.to_bytes(dtype).unwrap();
+        assert_eq!(bytes, weights.to_bytes(dtype).unwrap(), "the same weights give the same bytes");
+        let back = Weights::parse(&bytes).unwrap();
+        assert_eq!((back.layout, &back.spec), ("structvpr", &weights.spec));
+        for (name, t) in &weights.tensors {
+            let d = (t - &back.tensors[name]).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(d <= tolerance, "{name}: {d}");
+        }
+    }
+}
+
+#[test]
+fn missing_extra_and_misshapen_tensors_are_named() {
+    let said = |change: &dyn Fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)| {
+        let mut t = torchvision_tensors();
+        change(&mut t);
+        Weights::parse(&file(&t)).map(|_| ()).unwrap_err().to_string()
+    };
+    let s = said(&|t| t.retain(|t| t.0 != "features.3.conv.1.0.weight"));
+    assert!(s.contains("`features.3.conv.1.0.weight` is missing") && s.contains("torchvision"), "{s}");
+    let s = said(&|t| t.push(("features.99.weight".into(), vec![1], vec![0.0])));
+    assert!(s.contains("unexpected") && s.contains("features.99.weight"), "{s}");
+    let s = said(&|t| t[0].1 = vec![32, 27]);
+    assert!(s.contains("[32, 27]") && s.contains("[32, 3, 3, 3]"), "{s}");
+    let s = said(&|t| t[0].2[5] = f32::NAN);
+    assert!(s.contains("features.0.0.weight") && s.contains("NaN"), "{s}");
+    let s = said(&|t| t.iter_mut().for_each(|t| t.0 = format!("other.{}", t.0)));
+    assert!(s.contains("no known naming scheme"), "{s}");
+    // What trainers prepend is taken off.
+    let mut t = torchvision_tensors();
+    t.iter_mut().for_each(|t| t.0 = format!("module.{}", t.0));
+    assert_eq!(Weights::parse(&file(&t)).unwrap().layout, "torchvision");
+    assert!(Weights::parse(b"hello").unwrap_err().to_string().contains("neither safetensors nor"));
+}
+
+#[test]
+fn a_checkpoint_that_pytorch_wrote_is_read() {
+    // tests/golden/torch_checkpoint.py wrote it with PyTorch: every storage type we read, a view with
+    // an offset and other strides, a parameter, a counter.
+    let tensors = super::weights::read_pth_for_tests(include_bytes!("../../tests/golden/tensors.pth")).unwrap();
+    let want: HashMap<&str, (Vec<usize>, Vec<f32>)> = HashMap::from([
+        ("f32", (vec![2, 3], vec![0.0, 0.5, 1.0, 1.5, 2.0, 2.5])),
+        ("f64", (vec![2], vec![0.25, -4.0])),
+        ("f16", (vec![2], vec![0.5, -2.0])),
+        ("bf16", (vec![2], vec![3.0, -0.125])),
+        ("view", (vec![3, 1], vec![0.5, 1.0, 1.5])),
+        ("transposed", (vec![3, 2], vec![0.0, 1.5, 0.5, 2.0, 1.0, 2.5])),
+        ("parameter", (vec![1], vec![7.0])),
+        ("counter", (vec![], vec![])),
+    ]);
+    let got: HashMap<&str, (Vec<usize>, Vec<f32>)> = tensors.iter().map(|(n, s, v)| (n.as_str(), (s.clone(), v.clone()))).collect();
+    assert_eq!(got, want);
+}
+
+#[test]
+fn pooling_is_what_it_says() {
+    let x = Tensor::from_vec(vec![1f32, 2.0, -3.0, 4.0, 0.0, 0.0, 0.0, 0.0], (1, 2, 2, 2), &Device::Cpu).unwrap();
+    let pool = |p: Pooling| p.pool(&x).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(pool(Pooling::Average), [1.0, 0.0]);
+    let gem = pool(Pooling::Gem { p: 3.0 });
+    assert!((gem[0] - (73f32 / 4.0).cbrt()).abs() < 1e-5, "{gem:?}");
+    assert!((gem[0] - pool(Pooling::Gem { p: 3.0001 })[0]).abs() < 1e-3);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+    /// Headers and pickles are where lies cost most: mutate there.
+    #[test]
+    fn mutated_weight_files_are_errors_and_never_panics(at in 0usize..4000, flip in 1u8..=255, cut in 0usize..6000, long in any::<bool>()) {
+        let pth = include_bytes!("../../tests/golden/tensors.pth");
+        let mut bytes = pth.to_vec();
+        let n = bytes.len();
+        bytes[at % n] ^= flip;
+        let _ = Weights::parse(&bytes);
+        let _ = Weights::parse(&pth[..cut % n]);
+        let mut bytes = SHIPPED[..if long { 9000 } else { cut.max(9) }].to_vec();
+        let n = bytes.len();
+        bytes[at % n] ^= flip;
+        let _ = Weights::parse(&bytes);
+    }
+}

@@ -102,7 +102,7 @@ impl ModelSpec {
 }
 
 /// A spec and its folded tensors, f32, by our names.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Weights {
     /// What the header says, or the layout's defaults.
     pub spec: ModelSpec,
@@ -452,4 +452,10 @@ impl TorchTensor {
         }
         Ok(raw(values))
     }
+}
+
+/// Name, shape and values of each tensor of a checkpoint.
+#[cfg(test)]
+pub(super) fn read_pth_for_tests(bytes: &[u8]) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+    Ok(read_pth(bytes)?.tensors.into_iter().map(|(n, r)| (n, r.shape, r.values)).collect())
 }

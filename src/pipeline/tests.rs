@@ -8,7 +8,7 @@ fn place(at: f64, noise: u64) -> Descriptor {
         .map(|d| {
             let centre = d as f64 - at.rem_euclid(64.0);
             let near = (-(centre * centre) / 4.0).exp() as f32;
-            near + 0.02 * crate::model::test_noise(noise, d)
+            near + 0.02 * crate::test_noise(noise, d)
         })
         .collect();
     Descriptor::new(values).unwrap()
@@ -26,6 +26,7 @@ fn frame(seconds: f64, at: f64) -> Frame {
 
 fn detector(change: impl FnOnce(&mut Config)) -> LoopDetector {
     let mut config = Config::default();
+    config.decision.min_consistent = 3;
     change(&mut config);
     LoopDetector::new(config, Map::new(ModelIdentity::default()), Some(0.8)).unwrap()
 }
@@ -64,18 +65,9 @@ fn each_reason_is_given_for_its_own_cause() {
     decisions(&mut d, lap());
     assert_eq!(last(&mut d, frame(100.0, 10.5)), Outcome::Rejected(Reason::LowSimilarity));
 
-    let mut d = detector(|c| c.decision.min_consistent = 1);
-    // Two places that look the same, far apart.
-    decisions(&mut d, lap().chain((60..80).map(|i| frame(f64::from(i), 20.0 + f64::from(i - 60)))).filter(|f| f.stamp_ns < 45_000_000_000 || f.stamp_ns > 60_000_000_000));
-    let mut d2 = detector(|c| {
-        c.decision.min_consistent = 1;
-        c.search.exclusion_s = 5.0;
-    });
-    decisions(&mut d2, (0..30).map(|i| frame(f64::from(i), if i < 15 { f64::from(i) } else { f64::from(i - 15) + 0.01 })).collect::<Vec<_>>().into_iter().map(|mut f| {
-        f.luma_std = 30.0;
-        f
-    }));
-    // Unlink what the second pass closed, so that it counts as another place.
+    // Two stretches that look the same; unlinked, so that each counts as a place of its own.
+    let mut d2 = detector(|_| {});
+    decisions(&mut d2, (0..60).map(|i| frame(f64::from(i), f64::from(i % 30))));
     let map = {
         let mut fresh = Map::new(ModelIdentity::default());
         for (i, k) in d2.map().keyframes().iter().enumerate() {
@@ -83,7 +75,9 @@ fn each_reason_is_given_for_its_own_cause() {
         }
         fresh
     };
-    let mut d3 = LoopDetector::new(Config::default(), map, Some(0.8)).unwrap();
+    let mut d3 = detector(|_| {});
+    d3.map = map;
+    d3.session = 1;
     assert_eq!(last(&mut d3, frame(500.0, 7.0)), Outcome::Rejected(Reason::Ambiguous));
 
     let mut d = detector(|c| {
@@ -129,6 +123,38 @@ fn nothing_is_added_while_parked_and_bad_images_and_stamps_are_named() {
     d.process(at(frame(0.0, 0.0), 0.0)).unwrap();
     assert_eq!(d.process(at(frame(1.0, 30.0), 0.1)).unwrap(), Step::Skipped(Skip::Stationary));
     assert!(matches!(d.process(at(frame(2.0, 0.0), 3.0)).unwrap(), Step::Keyframe(_)));
+}
+
+#[test]
+fn a_look_alike_that_stands_still_is_no_loop() {
+    let mut d = detector(|c| c.decision.min_consistent = 5);
+    decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));
+    // The robot moves (the noise of each frame is its own), but always the same place of the map comes up.
+    let stuck = (0..20).map(|i| Frame { descriptor: place(20.0 + 0.4 * f64::from(i % 2), 77 + i as u64), ..frame(100.0 + f64::from(i), 20.0) });
+    let mut d2 = detector(|c| {
+        c.decision.min_consistent = 5;
+        c.keyframe.min_descriptor_change = 0.0;
+    });
+    d2.map = d.map.clone();
+    d2.session = 1;
+    let all = decisions(&mut d2, stuck);
+    assert!(all.len() == 20 && all.iter().all(|d| d.outcome == Outcome::Rejected(Reason::NotConsistent)), "{all:?}");
+    let e = all[19].evidence.unwrap();
+    assert!(e.consistent_count >= 20 && e.advance.unwrap().pace.abs() < 0.4, "{e:?}");
+    // Driven the other way it advances backwards, and is one.
+    let back = (0..20).map(|i| frame(200.0 + f64::from(i), 40.0 - f64::from(i)));
+    let all = decisions(&mut d, back);
+    assert!(all[8..].iter().all(|d| d.outcome == Outcome::Closure), "{all:?}");
+    assert!((all[10].evidence.unwrap().advance.unwrap().pace + 1.0).abs() < 0.3);
+}
+
+#[test]
+fn a_line_through_matches() {
+    assert_eq!(Advance::of(&[5, 6]), None);
+    assert_eq!(Advance::of(&[5, 7, 9, 11]), Some(Advance { pace: 2.0, error: 0.0 }));
+    let a = Advance::of(&[10, 10, 10, 13]).unwrap();
+    // By hand: slope 0.9; residuals 0.6, -0.3, -1.2, 0.9.
+    assert!((a.pace - 0.9).abs() < 1e-12 && (a.error - 1.2).abs() < 1e-12, "{a:?}");
 }
 
 #[test]

@@ -1,1 +1,10 @@
+//! Integration tests: one binary.
 
+mod alloc;
+mod bags;
+mod cdr;
+mod cli;
+mod datasets;
+mod layers;
+mod real;
+mod support;

@@ -66,7 +66,7 @@ pub fn run(args: &Args) -> Result<()> {
     weights.spec.training_data = format!("ImageNet, then {} steps on the synthetic street of this project", args.steps);
     let start = weights.tensors.clone();
 
-    println!("before: {}", validate(&Model::new(&weights)?, args)?);
+    println!("before: {}", validate(&Model::new(weights.clone())?, args)?);
     let vars: BTreeMap<String, Var> =
         weights.tensors.iter().map(|(n, t)| Ok((n.clone(), Var::from_tensor(t)?))).collect::<Result<_>>()?;
     let net = MobileNetV2::new(weights.spec.padding, |name| {
@@ -98,7 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
         let new = vars[name].as_tensor().detach();
         *tensor = ((new * args.mix)? + (&start[name] * (1.0 - args.mix))?)?;
     }
-    let model = Model::new(&weights)?;
+    let model = Model::new(weights.clone())?;
     println!("after: {}", validate(&model, args)?);
     write_file(&args.out, &weights.to_bytes(DType::F16)?)?;
     println!("written: {}", args.out.display());
@@ -124,7 +124,7 @@ fn batch(rng: &mut ChaCha8Rng, args: &Args, weights: &Weights) -> Result<Tensor>
     }
     let (w, h) = (args.size[0], args.size[1]);
     let renderer = renderer(w, h);
-    let model = Model::new(weights)?;
+    let model = Model::new(weights.clone())?;
     let images = views
         .par_iter()
         .map(|(seed, view)| {

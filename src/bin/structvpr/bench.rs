@@ -1,3 +1,258 @@
+//! `structvpr bench`: times on this machine; with --peers, ratios in the same run.
+//!
+//! A peer is a Python program that does one round for each line it reads and answers with the
+//! seconds it took. Our rounds and the peer's take turns, so that both see the same machine.
+
+use crate::common;
+use anyhow::{ensure, Context, Result};
+use serde::Serialize;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::time::Instant;
+use structvpr::descriptor::Descriptor;
+use structvpr::eval::{write_npy, Matrix};
+use structvpr::map::Index;
+use structvpr::simd::Isa;
+
 #[derive(clap::Args)]
-pub struct Args {}
-pub fn run(_: Args) -> anyhow::Result<std::process::ExitCode> { anyhow::bail!("stub") }
+pub struct Args {
+    /// What to measure.
+    #[arg(long, value_delimiter = ',', default_value = "descriptor,search", value_parser = ["descriptor", "search"])]
+    only: Vec<String>,
+    /// Measure faiss (search) and ONNX Runtime (descriptor) in the same run; scripts/bench_peers installs them.
+    #[arg(long)]
+    peers: bool,
+    /// Python with the peers' packages.
+    #[arg(long, default_value = ".venv/peers/bin/python")]
+    python: PathBuf,
+    /// Weight file of the descriptor; the shipped model if none is given.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Rounds of each measurement.
+    #[arg(long, default_value_t = 40)]
+    rounds: usize,
+    /// Threads.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    #[arg(long)]
+    json: bool,
+}
+
+/// One line of the table; times in milliseconds.
+#[derive(Serialize)]
+struct Row {
+    what: String,
+    median_ms: f64,
+    p95_ms: f64,
+    peer: Option<String>,
+    peer_median_ms: Option<f64>,
+    /// Ours to the peer's, of the medians.
+    ratio: Option<f64>,
+    /// What was checked between the two.
+    check: Option<String>,
+}
+
+/// Neighbours per query [issue: exact top-20].
+const TOP_K: usize = 20;
+const DIM: usize = 448;
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    ensure!((1..=1024).contains(&args.threads), "--threads {} is outside 1 to 1024", args.threads);
+    ensure!((3..=100_000).contains(&args.rounds), "--rounds {} is outside 3 to 100000", args.rounds);
+    if args.peers {
+        ensure!(args.python.is_file(), "{}: no such Python; run scripts/bench_peers first, or give --python", args.python.display());
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot set the number of threads")?;
+    let mut rows = Vec::new();
+    if args.only.iter().any(|o| o == "descriptor") {
+        rows.push(descriptor(&args)?);
+    }
+    if args.only.iter().any(|o| o == "search") {
+        for n in [10_000, 100_000] {
+            rows.push(search(&args, n)?);
+        }
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&rows)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
+    for r in rows {
+        print!("{:36} median {:9.3} ms  p95 {:9.3} ms", r.what, r.median_ms, r.p95_ms);
+        if let (Some(peer), Some(ms), Some(ratio)) = (r.peer, r.peer_median_ms, r.ratio) {
+            print!("   {peer} {ms:9.3} ms  ratio {ratio:.2}");
+        }
+        println!("{}", r.check.map(|c| format!("   {c}")).unwrap_or_default());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, n)| n.trim().to_string()));
+    name.unwrap_or_else(|| "processor unknown".into())
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn row(what: String, mut ours: Vec<f64>, peer: Option<(&str, Vec<f64>)>, check: Option<String>) -> Row {
+    let median_ms = 1e3 * median(&mut ours);
+    let p95_ms = 1e3 * ours[(ours.len() * 95 / 100).min(ours.len() - 1)];
+    let peer = peer.map(|(name, mut times)| (name.to_string(), 1e3 * median(&mut times)));
+    let ratio = peer.as_ref().map(|(_, ms)| median_ms / ms);
+    let (peer, peer_median_ms) = peer.unzip();
+    Row { what, median_ms, p95_ms, peer, peer_median_ms, ratio, check }
+}
+
+/// Runs `ours` and the peer in turn; the first two rounds warm up and do not count.
+fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+    let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+    for i in 0..args.rounds + 2 {
+        let began = Instant::now();
+        ours()?;
+        let took = began.elapsed().as_secs_f64();
+        let peer_took = peer.as_mut().map(Peer::round).transpose()?;
+        if i >= 2 {
+            mine.push(took);
+            theirs.extend(peer_took);
+        }
+    }
+    Ok((mine, peer.map(|_| theirs)))
+}
+
+fn search(args: &Args, n: usize) -> Result<Row> {
+    let vector = |i: usize| -> Result<Descriptor> {
+        let noise = |d: usize| {
+            let mut z = ((i * DIM + d) as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            ((z ^ (z >> 27)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        Ok(Descriptor::new((0..DIM).map(noise).collect())?)
+    };
+    let mut index = Index::new();
+    for i in 0..n {
+        index.push(&vector(i)?)?;
+    }
+    let query = vector(n + 7)?;
+    let dir = tempfile::tempdir()?;
+    let peer = if args.peers {
+        let write = |name: &str, rows: usize, data: Vec<f64>| std::fs::write(dir.path().join(name), write_npy(&Matrix { rows, cols: DIM, data }));
+        write("rows.npy", n, (0..n).flat_map(|i| index.row(i).iter().map(|v| f64::from(*v))).collect())?;
+        write("query.npy", 1, query.as_slice().iter().map(|v| f64::from(*v)).collect())?;
+        Some(Peer::start(args, "search.py", &[dir.path()])?)
+    } else {
+        None
+    };
+    let mut hits = Vec::new();
+    let whole = 0..n;
+    let (ours, theirs) = rounds(
+        args,
+        || {
+            hits = index.search(&query, TOP_K, std::slice::from_ref(&whole));
+            Ok(())
+        },
+        peer,
+    )?;
+    let check = match &theirs {
+        Some(_) => {
+            let text = std::fs::read_to_string(dir.path().join("ids.txt")).context("the peer left no ids.txt")?;
+            let ids: Vec<usize> = text.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+            let same = hits.iter().filter(|h| ids.contains(&h.row)).count();
+            ensure!(same + 1 >= TOP_K, "only {same} of {TOP_K} neighbours agree with faiss");
+            Some(format!("{same}/{TOP_K} neighbours the same"))
+        }
+        None => None,
+    };
+    Ok(row(format!("search top {TOP_K} of {n} x {DIM} f32"), ours, theirs.map(|t| ("faiss IndexFlatIP", t)), check))
+}
+
+fn descriptor(args: &Args) -> Result<Row> {
+    let model = common::load_model(args.model.as_deref())?;
+    let (w, h) = (model.spec().input_width, model.spec().input_height);
+    let pixels = (0..3 * w * h).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
+    let x = model.preprocess(&structvpr::image::RgbImage::new(w as u32, h as u32, pixels)?)?;
+    let dir = tempfile::tempdir()?;
+    let peer = if args.peers {
+        let data = x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
+        std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: 3 * h, cols: w, data }))?;
+        std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
+        Some(Peer::start(args, "descriptor.py", &[dir.path()])?)
+    } else {
+        None
+    };
+    let mut last = None;
+    let (ours, theirs) = rounds(
+        args,
+        || {
+            last = Some(model.describe_tensor(&x)?);
+            Ok(())
+        },
+        peer,
+    )?;
+    let check = match (&theirs, last) {
+        (Some(_), Some(d)) => {
+            let path = dir.path().join("descriptor.npy");
+            let m = structvpr::eval::read_matrix(&std::fs::read(&path).context("the peer left no descriptor.npy")?)?;
+            let worst = m.data.iter().zip(d.as_slice()).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+            ensure!(worst <= 1e-4, "the descriptor differs from ONNX Runtime's by {worst:.1e}");
+            Some(format!("largest difference {worst:.1e}"))
+        }
+        _ => None,
+    };
+    Ok(row(format!("descriptor {h}x{w} f32"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+}
+
+struct Peer {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Peer {
+    fn start(args: &Args, script: &str, arguments: &[&Path]) -> Result<Self> {
+        let script = Path::new("scripts/peers").join(script);
+        ensure!(script.is_file(), "{}: not here; --peers runs from the repository's root", script.display());
+        let threads = args.threads.to_string();
+        let mut child = Command::new(&args.python)
+            .arg(&script)
+            .args(arguments)
+            .arg(&threads)
+            .env("OMP_NUM_THREADS", &threads)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", args.python.display()))?;
+        let input = child.stdin.take().context("no stdin")?;
+        let output = BufReader::new(child.stdout.take().context("no stdout")?);
+        let mut peer = Self { child, input, output };
+        let ready = peer.line()?;
+        ensure!(ready == "ready", "{} said `{ready}`, not `ready`", script.display());
+        Ok(peer)
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.output.read_line(&mut line)?;
+        ensure!(!line.is_empty(), "the peer ended; its message is above");
+        Ok(line.trim().to_string())
+    }
+
+    /// One round; seconds.
+    fn round(&mut self) -> Result<f64> {
+        writeln!(self.input, "run")?;
+        self.input.flush()?;
+        let line = self.line()?;
+        line.parse().with_context(|| format!("the peer said `{line}`"))
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

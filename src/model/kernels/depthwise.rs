@@ -378,7 +378,7 @@ mod tests {
     }
 
     fn numbers(seed: u64, n: usize) -> Vec<f32> {
-        (0..n as u64).map(|i| crate::model::test_noise(seed, i)).collect()
+        (0..n as u64).map(|i| crate::test_noise(seed, i)).collect()
     }
 
     proptest! {

@@ -8,6 +8,8 @@ mod depthwise;
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
 
+pub(crate) use crate::simd::{dispatch, fma, Isa};
+
 /// What follows a convolution's bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -67,75 +69,6 @@ impl Pad {
         let h = (height + self.top + self.bottom).checked_sub(3)? / stride + 1;
         let w = (width + self.left + self.right).checked_sub(3)? / stride + 1;
         Some((h, w))
-    }
-}
-
-/// The instruction set that a kernel body is compiled for; chosen once per call at run time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
-    /// Whatever the target's baseline is.
-    Portable,
-    /// AVX2 with fused multiply-add.
-    Avx2,
-    /// AVX-512 F.
-    Avx512,
-}
-
-impl Isa {
-    /// The best that this processor has.
-    pub fn detect() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if std::arch::is_x86_feature_detected!("avx512f") {
-                return Self::Avx512;
-            }
-            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-                return Self::Avx2;
-            }
-        }
-        Self::Portable
-    }
-
-    /// Every set that this processor can run, best last: what a test walks through.
-    pub fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|isa| *isa <= Self::detect()).collect()
-    }
-}
-
-/// Compiles one safe body for each instruction set and calls the one that `isa` names.
-macro_rules! dispatch {
-    ($isa:expr, $body:ident ( $($arg:ident : $ty:ty),* $(,)? )) => {{
-        #[cfg(target_arch = "x86_64")]
-        {
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) { $body::<true>($($arg),*) }
-            #[target_feature(enable = "avx512f,avx2,fma")]
-            fn avx512($($arg: $ty),*) { $body::<true>($($arg),*) }
-            match $isa {
-                // SAFETY: `Isa::detect` found these features on this processor, and callers pass
-                // nothing above what it returned.
-                $crate::model::kernels::Isa::Avx512 => unsafe { avx512($($arg),*) },
-                // SAFETY: as above.
-                $crate::model::kernels::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::model::kernels::Isa::Portable => $body::<false>($($arg),*),
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            let _ = $isa;
-            $body::<{ cfg!(target_arch = "aarch64") }>($($arg),*)
-        }
-    }};
-}
-pub(crate) use dispatch;
-
-/// `a * b + c`, fused where the instruction set has it (the libm fallback is far too slow).
-#[inline(always)]
-pub(crate) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FUSED {
-        a.mul_add(b, c)
-    } else {
-        a * b + c
     }
 }
 

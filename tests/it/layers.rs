@@ -1,0 +1,58 @@
+//! What each layer must not know (ARCHITECTURE.md), as a test.
+
+use crate::support::root;
+use std::path::{Path, PathBuf};
+
+fn sources(dir: &Path) -> Vec<(PathBuf, String)> {
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            out.extend(sources(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            out.push((path, text));
+        }
+    }
+    out
+}
+
+/// Lower layers first; each may use itself and those before it.
+const LAYERS: [&str; 12] =
+    ["error", "simd", "pickle", "image", "config", "map", "model", "pipeline", "eval", "dataset", "bag", "replay"];
+
+#[test]
+fn no_layer_uses_one_above_it() {
+    for (path, text) in sources(&root().join("src")) {
+        let relative = path.strip_prefix(root().join("src")).unwrap().to_string_lossy().replace('\\', "/");
+        let name = relative.split('/').next().unwrap().trim_end_matches(".rs");
+        let Some(own) = LAYERS.iter().position(|l| *l == name) else { continue };
+        // Tests may look anywhere.
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        if relative.ends_with("tests.rs") {
+            continue;
+        }
+        for above in &LAYERS[own + 1..] {
+            let used = code.contains(&format!("crate::{above}::")) || code.contains(&format!("crate::{above};"));
+            assert!(!used, "{relative} uses {above}, which lies above {name}");
+        }
+    }
+}
+
+#[test]
+fn only_src_ros_knows_r2r_and_nothing_imports_training() {
+    for (path, text) in sources(&root().join("src")) {
+        let ros = path.starts_with(root().join("src/ros")) || path.ends_with("bin/structvpr_node.rs");
+        assert!(ros || !text.contains("r2r::"), "{} uses r2r", path.display());
+        assert!(!text.contains("structvpr_training"), "{} imports training", path.display());
+    }
+}
+
+#[test]
+fn unsafe_lives_in_kernels_only() {
+    for (path, text) in sources(&root().join("src")) {
+        let kernel = path.ends_with("simd.rs") || path.ends_with("map/dot.rs");
+        let code: String = text.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
+        assert!(kernel || !code.contains("unsafe "), "{} has unsafe code", path.display());
+    }
+}
