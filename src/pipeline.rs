@@ -54,7 +54,7 @@ impl Skip {
 pub enum Reason {
     /// The map holds nothing outside the exclusion window.
     TooRecent,
-    /// The best similarity is below the threshold.
+    /// The mean similarity along the chain that leads to the best match is below the threshold.
     LowSimilarity,
     /// Another place looks nearly as alike.
     Ambiguous,
@@ -107,6 +107,8 @@ pub struct Evidence {
     pub margin: Option<f32>,
     /// Consecutive keyframes, this one included, that point here.
     pub consistent_count: usize,
+    /// Mean similarity along the last `min_consistent` of them: what the threshold is held against.
+    pub chain_similarity: f32,
     /// How evenly the match advanced over the last `min_consistent` of them; `None` if there are
     /// fewer, or fewer than three.
     pub advance: Option<Advance>,
@@ -146,14 +148,14 @@ pub struct Advance {
 }
 
 impl Advance {
-    /// The least-squares line; `None` for fewer than three rows, through which any line would do.
-    fn of(rows: &[usize]) -> Option<Self> {
-        if rows.len() < 3 {
+    /// The least-squares line; `None` for fewer than three matches, through which any line would do.
+    fn of(hits: &[Hit]) -> Option<Self> {
+        if hits.len() < 3 {
             return None;
         }
-        let n = rows.len() as f64;
-        let (mx, my) = ((n - 1.0) / 2.0, rows.iter().map(|r| *r as f64).sum::<f64>() / n);
-        let centred = || rows.iter().enumerate().map(|(i, r)| (i as f64 - mx, *r as f64 - my));
+        let n = hits.len() as f64;
+        let (mx, my) = ((n - 1.0) / 2.0, hits.iter().map(|h| h.row as f64).sum::<f64>() / n);
+        let centred = || hits.iter().enumerate().map(|(i, h)| (i as f64 - mx, h.row as f64 - my));
         let pace = centred().map(|(x, y)| x * y).sum::<f64>() / centred().map(|(x, _)| x * x).sum::<f64>();
         let error = centred().map(|(x, y)| (y - pace * x).abs()).fold(0.0, f64::max);
         Some(Self { pace, error })
@@ -164,14 +166,14 @@ impl Advance {
 #[derive(Clone, Debug)]
 struct Pointer {
     /// Matches of consecutive keyframes, this one's last; at most `min_consistent`.
-    rows: Vec<usize>,
+    hits: Vec<Hit>,
     /// Length of the whole chain.
     count: usize,
 }
 
 impl Pointer {
     fn row(&self) -> usize {
-        self.rows.last().copied().unwrap_or(usize::MAX)
+        self.hits.last().map_or(usize::MAX, |h| h.row)
     }
 }
 
@@ -285,24 +287,24 @@ impl LoopDetector {
         let d = &self.config.decision;
         let session = |row: usize| self.map.keyframes()[row].session;
         let near = |a: usize, b: usize, n: usize| a.abs_diff(b) <= n && session(a) == session(b);
-        let mut stretches: Vec<usize> = Vec::new();
+        let mut stretches: Vec<Hit> = Vec::new();
         for hit in hits {
             if stretches.len() == d.consistency_places {
                 break;
             }
-            if !stretches.iter().any(|s| near(*s, hit.row, d.place_radius)) {
-                stretches.push(hit.row);
+            if !stretches.iter().any(|s| near(s.row, hit.row, d.place_radius)) {
+                stretches.push(*hit);
             }
         }
-        let extend = |row: usize| {
-            let before = self.pointers.iter().filter(|p| near(p.row(), row, d.consistency_window));
+        let extend = |hit: Hit| {
+            let before = self.pointers.iter().filter(|p| near(p.row(), hit.row, d.consistency_window));
             // The longest; the first (best) of equals.
             let before = before.reduce(|a, b| if b.count > a.count { b } else { a });
-            let mut rows = before.map(|p| p.rows.clone()).unwrap_or_default();
-            rows.push(row);
-            let surplus = rows.len().saturating_sub(d.min_consistent);
-            rows.drain(..surplus);
-            Pointer { rows, count: 1 + before.map_or(0, |p| p.count) }
+            let mut chain = before.map(|p| p.hits.clone()).unwrap_or_default();
+            chain.push(hit);
+            let surplus = chain.len().saturating_sub(d.min_consistent);
+            chain.drain(..surplus);
+            Pointer { hits: chain, count: 1 + before.map_or(0, |p| p.count) }
         };
         stretches.into_iter().map(extend).collect()
     }
@@ -311,6 +313,8 @@ impl LoopDetector {
         let matched = &self.map.keyframes()[best.row];
         let pose = matched.odom_from_base.filter(|_| matched.session == self.session);
         let chain = pointers.iter().find(|p| p.row() == best.row);
+        let along = chain.map_or(&[][..], |p| &p.hits);
+        let mean = along.iter().map(|h| f64::from(h.similarity)).sum::<f64>() / along.len().max(1) as f64;
         let distance = |(a, b): (Isometry3<f64>, Isometry3<f64>)| (a.translation.vector - b.translation.vector).norm();
         Evidence {
             matched: best.row,
@@ -318,7 +322,8 @@ impl LoopDetector {
             second,
             margin: second.map(|s| best.similarity - s.similarity),
             consistent_count: chain.map_or(0, |p| p.count),
-            advance: chain.filter(|p| p.rows.len() >= self.config.decision.min_consistent).and_then(|p| Advance::of(&p.rows)),
+            chain_similarity: mean as f32,
+            advance: Advance::of(along).filter(|_| along.len() >= self.config.decision.min_consistent),
             time_gap_s: frame.stamp_ns.saturating_sub(matched.stamp_ns) as f64 * 1e-9,
             odometry_distance_m: pose.zip(frame.odom_from_base).map(distance),
         }
@@ -328,7 +333,7 @@ impl LoopDetector {
         let d = &self.config.decision;
         let Some(e) = evidence else { return Outcome::Rejected(Reason::TooRecent) };
         let too_soon = |last: i64| (frame.stamp_ns.saturating_sub(last) as f64) < d.min_closure_interval_s * 1e9;
-        let reason = if e.similarity < self.threshold {
+        let reason = if e.chain_similarity < self.threshold {
             Reason::LowSimilarity
         } else if e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
             Reason::Ambiguous

@@ -150,9 +150,10 @@ fn a_look_alike_that_stands_still_is_no_loop() {
 
 #[test]
 fn a_line_through_matches() {
-    assert_eq!(Advance::of(&[5, 6]), None);
-    assert_eq!(Advance::of(&[5, 7, 9, 11]), Some(Advance { pace: 2.0, error: 0.0 }));
-    let a = Advance::of(&[10, 10, 10, 13]).unwrap();
+    let of = |rows: &[usize]| Advance::of(&rows.iter().map(|row| Hit { row: *row, similarity: 1.0 }).collect::<Vec<_>>());
+    assert_eq!(of(&[5, 6]), None);
+    assert_eq!(of(&[5, 7, 9, 11]), Some(Advance { pace: 2.0, error: 0.0 }));
+    let a = of(&[10, 10, 10, 13]).unwrap();
     // By hand: slope 0.9; residuals 0.6, -0.3, -1.2, 0.9.
     assert!((a.pace - 0.9).abs() < 1e-12 && (a.error - 1.2).abs() < 1e-12, "{a:?}");
 }
@@ -180,7 +181,7 @@ proptest! {
         for d in &all {
             if d.outcome == Outcome::Closure {
                 let e = d.evidence.unwrap();
-                prop_assert!(e.similarity >= 0.8 && e.consistent_count >= consistent);
+                prop_assert!(e.chain_similarity >= 0.8 && e.consistent_count >= consistent);
                 prop_assert!(e.margin.is_none_or(|m| f64::from(m) >= margin));
                 prop_assert!(d.query - e.matched >= 10 && e.time_gap_s >= 20.0 - 1e-9);
                 prop_assert_eq!(keyframes[d.query].session, 0);

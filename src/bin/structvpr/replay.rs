@@ -219,7 +219,7 @@ impl Finished {
         let mut out = csv::Writer::from_writer(Vec::new());
         out.write_record([
             "query_id", "query_stamp", "query_name", "decision", "reject_reason", "match_id", "match_stamp", "match_name", "similarity", "second_id",
-            "second_similarity", "margin", "consistent_count", "pace", "pace_error", "time_gap_s", "odometry_distance_m", "verdict",
+            "second_similarity", "margin", "consistent_count", "chain_similarity", "pace", "pace_error", "time_gap_s", "odometry_distance_m", "verdict",
         ])?;
         let keyframes = self.run.detector.map().keyframes();
         for r in &self.run.records {
@@ -244,6 +244,7 @@ impl Finished {
                 optional(second.map(|s| s.similarity.into())),
                 optional(e.and_then(|e| e.margin).map(f64::from)),
                 e.map(|e| e.consistent_count.to_string()).unwrap_or_default(),
+                optional(e.map(|e| e.chain_similarity.into())),
                 optional(e.and_then(|e| e.advance).map(|a| a.pace)),
                 optional(e.and_then(|e| e.advance).map(|a| a.error)),
                 optional(e.map(|e| e.time_gap_s)),
