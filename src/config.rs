@@ -60,8 +60,8 @@ impl Default for SearchConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DecisionConfig {
-    /// Smallest mean cosine similarity along the chain of matches that leads here. -1: the one that the
-    /// model's header recommends.
+    /// Smallest cosine similarity, of the match itself and of the mean along the chain of matches that
+    /// leads there. -1: the one that the model's header recommends.
     pub similarity_threshold: f64,
     /// Smallest lead of the best place over the second best, cosine similarity.
     pub min_margin: f64,

@@ -54,7 +54,8 @@ impl Skip {
 pub enum Reason {
     /// The map holds nothing outside the exclusion window.
     TooRecent,
-    /// The mean similarity along the chain that leads to the best match is below the threshold.
+    /// The similarity of the best match, or its mean along the chain that leads there, is below the
+    /// threshold.
     LowSimilarity,
     /// Another place looks nearly as alike.
     Ambiguous,
@@ -107,7 +108,7 @@ pub struct Evidence {
     pub margin: Option<f32>,
     /// Consecutive keyframes, this one included, that point here.
     pub consistent_count: usize,
-    /// Mean similarity along the last `min_consistent` of them: what the threshold is held against.
+    /// Mean similarity along the last `min_consistent` of them.
     pub chain_similarity: f32,
     /// How evenly the match advanced over the last `min_consistent` of them; `None` if there are
     /// fewer, or fewer than three.
@@ -333,7 +334,7 @@ impl LoopDetector {
         let d = &self.config.decision;
         let Some(e) = evidence else { return Outcome::Rejected(Reason::TooRecent) };
         let too_soon = |last: i64| (frame.stamp_ns.saturating_sub(last) as f64) < d.min_closure_interval_s * 1e9;
-        let reason = if e.chain_similarity < self.threshold {
+        let reason = if e.similarity.min(e.chain_similarity) < self.threshold {
             Reason::LowSimilarity
         } else if e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
             Reason::Ambiguous

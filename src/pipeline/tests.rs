@@ -181,7 +181,7 @@ proptest! {
         for d in &all {
             if d.outcome == Outcome::Closure {
                 let e = d.evidence.unwrap();
-                prop_assert!(e.chain_similarity >= 0.8 && e.consistent_count >= consistent);
+                prop_assert!(e.similarity >= 0.8 && e.chain_similarity >= 0.8 && e.consistent_count >= consistent);
                 prop_assert!(e.margin.is_none_or(|m| f64::from(m) >= margin));
                 prop_assert!(d.query - e.matched >= 10 && e.time_gap_s >= 20.0 - 1e-9);
                 prop_assert_eq!(keyframes[d.query].session, 0);

@@ -105,10 +105,10 @@ fn skipped(done: &Finished, say: Say) {
 
 fn false_closures(done: &Finished, n: usize, say: Say) {
     let wrong: Vec<Evidence> = records(done, |outcome, verdict| outcome == Outcome::Closure && verdict == Some(Verdict::False));
-    let similarity = wrong.iter().map(|e| f64::from(e.chain_similarity)).fold(f64::MIN, f64::max);
+    let similarity = wrong.iter().map(|e| f64::from(e.similarity.min(e.chain_similarity))).fold(f64::MIN, f64::max);
     let longest = wrong.iter().map(|e| e.consistent_count).max().unwrap_or(0);
     say(
-        format!("{n} closure(s) are false; the surest has a mean similarity of {similarity:.4}, the longest chain is {longest}."),
+        format!("{n} closure(s) are false; the surest has a similarity of {similarity:.4}, the longest chain is {longest}."),
         Some(format!("raise decision.similarity_threshold above {similarity:.4} (now {:.4}), or decision.min_consistent above {longest}", done.run.detector.threshold())),
     );
 }
@@ -150,10 +150,10 @@ fn rejected(done: &Finished, say: Say) {
         let of = |f: &dyn Fn(&Evidence) -> f64| evidence.iter().map(f).collect::<Vec<f64>>();
         let (why, change) = match reason {
             Reason::LowSimilarity => {
-                let mut v = of(&|e| e.chain_similarity.into());
+                let mut v = of(&|e| e.similarity.min(e.chain_similarity).into());
                 let (half, tenth) = (percentile(&mut v, 0.5).unwrap_or(0.0), percentile(&mut v, 0.9).unwrap_or(0.0));
                 (
-                    format!("the mean similarity along their chain of matches is below the threshold of {threshold:.4} (median {half:.4}, best tenth above {tenth:.4})"),
+                    format!("their similarity, or its mean along the chain of matches, is below the threshold of {threshold:.4} (median {half:.4}, best tenth above {tenth:.4})"),
                     format!("lower decision.similarity_threshold to {half:.4} for half of them, and watch for false closures; a model trained for the site does more"),
                 )
             }
