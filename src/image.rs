@@ -107,10 +107,7 @@ impl RgbImage {
         let step = raw.step as usize;
         let luma_row = layout.luma_row(width);
         if step < luma_row {
-            return Err(Error::image(format!(
-                "step {step} is shorter than a row of {width} {} pixels ({luma_row} bytes)",
-                raw.encoding
-            )));
+            return Err(Error::image(format!("step {step} is shorter than a row of {width} {} pixels ({luma_row} bytes)", raw.encoding)));
         }
         let need = layout.total(step, height);
         if (raw.data.len() as u64) < need {

@@ -295,7 +295,13 @@ impl<'a> Machine<'a> {
                 self.text(s.as_bytes())
             }
             b'C' | b'B' | 0x8e => {
-                let s = self.sized(match op { b'C' => 1, b'B' => 4, _ => 8 })?.to_vec();
+                let s = self
+                    .sized(match op {
+                        b'C' => 1,
+                        b'B' => 4,
+                        _ => 8,
+                    })?
+                    .to_vec();
                 self.push(Node::Bytes(s))
             }
             b']' | 0x8f => self.push(Node::List(Vec::new())),

@@ -300,7 +300,8 @@ fn image_topic(bag: &Bag, wanted: Option<&str>) -> Result<String> {
             Some(t) => Err(Error::bag(format!("topic `{w}` is {}, not {} or {}", t.type_name, Image::TYPE, CompressedImage::TYPE))),
         };
     }
-    let mut found: Vec<&str> = bag.topics().keys().map(String::as_str).filter(|t| is_image(t) && !t.ends_with("/compressedDepth")).collect();
+    let mut found: Vec<&str> =
+        bag.topics().keys().map(String::as_str).filter(|t| is_image(t) && !t.ends_with("/compressedDepth")).collect();
     // The same camera raw and compressed is one camera; the raw images are the better ones.
     let names: HashSet<&str> = found.iter().copied().collect();
     found.retain(|t| t.strip_suffix("/compressed").is_none_or(|base| !names.contains(base)));
@@ -311,7 +312,10 @@ fn image_topic(bag: &Bag, wanted: Option<&str>) -> Result<String> {
             let all: Vec<String> = bag.topics().iter().map(|(n, t)| format!("{n} [{}]", t.type_name)).collect();
             Err(Error::bag(format!("no topic of type {} or {}; the bag has {}", Image::TYPE, CompressedImage::TYPE, all.join(", "))))
         }
-        many => Err(Error::bag(format!("several image topics, choose one with --topic: {}", many.iter().map(counts).collect::<Vec<_>>().join(", ")))),
+        many => Err(Error::bag(format!(
+            "several image topics, choose one with --topic: {}",
+            many.iter().map(counts).collect::<Vec<_>>().join(", ")
+        ))),
     }
 }
 
@@ -338,7 +342,11 @@ impl Sequence for BagSequence {
         let mut damaged = 0u64;
         let mut warnings = self.bag.read(Some(&[&self.topic]), &mut |m| {
             let shot = if self.compressed {
-                CompressedImage::decode(m.data).map(|c| Shot { stamp_ns: c.header.stamp_ns, name: name(&c.header), pixels: Pixels::Encoded(c.data) })
+                CompressedImage::decode(m.data).map(|c| Shot {
+                    stamp_ns: c.header.stamp_ns,
+                    name: name(&c.header),
+                    pixels: Pixels::Encoded(c.data),
+                })
             } else {
                 Image::decode(m.data).map(|i| Shot { stamp_ns: i.header.stamp_ns, name: name(&i.header), pixels: Pixels::Raw(i) })
             };

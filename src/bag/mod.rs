@@ -80,13 +80,8 @@ impl Bag {
         } else {
             None
         };
-        let mut bag = Self {
-            path: path.into(),
-            files: Vec::new(),
-            topics: BTreeMap::new(),
-            message_compression: false,
-            warnings: Vec::new(),
-        };
+        let mut bag =
+            Self { path: path.into(), files: Vec::new(), topics: BTreeMap::new(), message_compression: false, warnings: Vec::new() };
         match folder {
             Some(folder) => bag.open_folder(folder)?,
             None if path.is_file() => bag.files.push(path.into()),
@@ -101,7 +96,9 @@ impl Bag {
     fn open_folder(&mut self, folder: &Path) -> Result<()> {
         let yaml = folder.join("metadata.yaml");
         let metadata = match std::fs::read_to_string(&yaml) {
-            Ok(text) => Metadata::parse(&text).map_err(|e| self.warnings.push(format!("metadata.yaml: {e}; the files are read without it"))).ok(),
+            Ok(text) => {
+                Metadata::parse(&text).map_err(|e| self.warnings.push(format!("metadata.yaml: {e}; the files are read without it"))).ok()
+            }
             Err(_) => {
                 self.warnings.push("no metadata.yaml; the files are read without it".into());
                 None

@@ -64,7 +64,8 @@ impl BagWriter {
         let total: u64 = self.channels.values().map(|(_, t)| t.messages).sum();
         let mut y = String::from("rosbag2_bagfile_information:\n  version: 5\n  storage_identifier: mcap\n");
         let _ = writeln!(y, "  duration:\n    nanoseconds: {}", last - first);
-        let _ = writeln!(y, "  starting_time:\n    nanoseconds_since_epoch: {first}\n  message_count: {total}\n  topics_with_message_count:");
+        let _ =
+            writeln!(y, "  starting_time:\n    nanoseconds_since_epoch: {first}\n  message_count: {total}\n  topics_with_message_count:");
         for (name, (_, t)) in &self.channels {
             let _ = writeln!(
                 y,

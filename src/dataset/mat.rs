@@ -111,7 +111,8 @@ fn element(bytes: &[u8], at: usize) -> Result<(u32, &[u8], usize)> {
         Ok(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
     };
     let tag = word(at)?;
-    let (kind, start, len) = if tag >> 16 != 0 { (tag & 0xffff, at + 4, (tag >> 16) as usize) } else { (tag, at + 8, word(at + 4)? as usize) };
+    let (kind, start, len) =
+        if tag >> 16 != 0 { (tag & 0xffff, at + 4, (tag >> 16) as usize) } else { (tag, at + 8, word(at + 4)? as usize) };
     let end = start.checked_add(len).ok_or_else(|| bad("cut short"))?;
     let data = bytes.get(start..end).ok_or_else(|| bad("cut short"))?;
     let next = if tag >> 16 != 0 { at + 8 } else { end.div_ceil(8) * 8 };

@@ -54,15 +54,8 @@ pub trait Format: Sync {
 }
 
 /// All formats.
-pub const FORMATS: [&dyn Format; 7] = [
-    &folder::Folder,
-    &traverse::Traverse,
-    &vprbench::VprBench,
-    &geo::FileNames,
-    &msls::Msls,
-    &nordland::Nordland,
-    &pitts30k::Pitts30k,
-];
+pub const FORMATS: [&dyn Format; 7] =
+    [&folder::Folder, &traverse::Traverse, &vprbench::VprBench, &geo::FileNames, &msls::Msls, &nordland::Nordland, &pitts30k::Pitts30k];
 
 /// A parsed specification.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,9 +74,8 @@ impl Spec {
     ///
     /// Errors: no colon, or an option without a value.
     pub fn parse(text: &str) -> Result<Self> {
-        let (kind, rest) = text
-            .split_once(':')
-            .ok_or_else(|| Error::dataset(format!("`{text}` is not KIND:PATH[,options]; kinds: {}", kinds())))?;
+        let (kind, rest) =
+            text.split_once(':').ok_or_else(|| Error::dataset(format!("`{text}` is not KIND:PATH[,options]; kinds: {}", kinds())))?;
         let mut parts = rest.split(',');
         let paths = parts.next().unwrap_or("").split(':').filter(|p| !p.is_empty()).map(PathBuf::from).collect();
         let options = parts
@@ -96,9 +88,10 @@ impl Spec {
     }
 
     fn paths<const N: usize>(&self, usage: &str) -> Result<&[PathBuf; N]> {
-        self.paths.as_slice().try_into().map_err(|_| {
-            Error::dataset(format!("`{}` names {} path(s), wanted {N}; usage: {usage}", self.text, self.paths.len()))
-        })
+        self.paths
+            .as_slice()
+            .try_into()
+            .map_err(|_| Error::dataset(format!("`{}` names {} path(s), wanted {N}; usage: {usage}", self.text, self.paths.len())))
     }
 
     /// An option's text, or its default. Errors if an option is not in `known`.

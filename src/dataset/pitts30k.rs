@@ -81,5 +81,11 @@ fn with_truth(queries: Vec<Sample>, references: Vec<Sample>, bytes: &[u8], radiu
         }
     };
     let positives = within(&places("utmQ", &queries)?, &places("utmDb", &references)?, radius, 180.0);
-    Ok(Dataset { protocol: format!("a reference within {radius} m is true (published truth)"), queries, references, positives, ..Dataset::default() })
+    Ok(Dataset {
+        protocol: format!("a reference within {radius} m is true (published truth)"),
+        queries,
+        references,
+        positives,
+        ..Dataset::default()
+    })
 }

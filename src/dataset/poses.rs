@@ -66,7 +66,10 @@ impl PoseTable {
         let header = reader.headers().map_err(fail)?.clone();
         let column = |names: &[&str]| header.iter().position(|h| names.contains(&h.to_ascii_lowercase().as_str()));
         let (Some(x), Some(y)) = (column(&["x", "easting"]), column(&["y", "northing"])) else {
-            return Err(Error::dataset(format!("poses: no columns `x` and `y` in the header `{}`", header.iter().collect::<Vec<_>>().join(","))));
+            return Err(Error::dataset(format!(
+                "poses: no columns `x` and `y` in the header `{}`",
+                header.iter().collect::<Vec<_>>().join(",")
+            )));
         };
         let (name, stamp, stamp_ns) = (column(&["name", "image", "key"]), column(&["stamp", "timestamp"]), column(&["stamp_ns"]));
         if name.is_none() && stamp.is_none() && stamp_ns.is_none() {
@@ -78,9 +81,10 @@ impl PoseTable {
             let record = record.map_err(fail)?;
             let number = |c: usize| -> Result<f64> {
                 let text = record.get(c).unwrap_or("");
-                text.parse().ok().filter(|v: &f64| v.is_finite()).ok_or_else(|| {
-                    Error::dataset(format!("poses, record {}: `{text}` in column `{}` is not a number", i + 1, &header[c]))
-                })
+                text.parse()
+                    .ok()
+                    .filter(|v: &f64| v.is_finite())
+                    .ok_or_else(|| Error::dataset(format!("poses, record {}: `{text}` in column `{}` is not a number", i + 1, &header[c])))
             };
             let heading_deg = match heading {
                 Some(c) if record.get(c).is_some_and(|t| !t.is_empty()) => Some(number(c)?),

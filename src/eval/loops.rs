@@ -128,11 +128,11 @@ mod tests {
         let run = [
             at(0.0, 0.0, 0..0, None),
             at(100.0, 0.0, 0..0, None),
-            at(1.0, 0.1, 0..2, Some(0)),                     // found
-            at(99.0, 0.0, 0..2, Some(0)),                    // closed to the wrong place
-            at(98.0, 0.0, 0..2, None),                       // missed
-            at(500.0, 0.0, 0..2, None),                      // rightly silent
-            at(0.0, 3.1, 0..2, Some(0)),                     // same spot, looking back: another place
+            at(1.0, 0.1, 0..2, Some(0)),  // found
+            at(99.0, 0.0, 0..2, Some(0)), // closed to the wrong place
+            at(98.0, 0.0, 0..2, None),    // missed
+            at(500.0, 0.0, 0..2, None),   // rightly silent
+            at(0.0, 3.1, 0..2, Some(0)),  // same spot, looking back: another place
             RunKeyframe { truth: None, allowed: vec![0..2], closed_to: Some(0) },
         ];
         let s = score_run(&run, 5.0, 0.7);
@@ -143,6 +143,11 @@ mod tests {
         assert_eq!(s.found_share, 1.0 / 3.0);
         assert!((s.false_per_100_keyframes - 200.0 / 7.0).abs() < 1e-12);
         // Headings wrap.
-        assert!(same_place(&KeyframeTruth { x: 0., y: 0., heading: Some(3.1) }, &KeyframeTruth { x: 0., y: 0., heading: Some(-3.1) }, 1.0, 0.2));
+        assert!(same_place(
+            &KeyframeTruth { x: 0., y: 0., heading: Some(3.1) },
+            &KeyframeTruth { x: 0., y: 0., heading: Some(-3.1) },
+            1.0,
+            0.2
+        ));
     }
 }

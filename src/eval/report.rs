@@ -102,7 +102,9 @@ fn data_uri(kind: &str, bytes: &[u8]) -> String {
 ///
 /// Errors: an image that does not encode.
 pub fn html(data: &ReportData) -> Result<String> {
-    let mut h = String::from("<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">");
+    let mut h = String::from(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">",
+    );
     let _ = write!(h, "<title>{}</title><style>{STYLE}</style></head><body><main>", escape(data.title));
     let _ = write!(h, "<h1>{}</h1>", escape(data.title));
     headline(&mut h, data);
@@ -115,7 +117,12 @@ pub fn html(data: &ReportData) -> Result<String> {
     }
     h += "<div class=\"row\">";
     section(&mut h, "Trajectory and closures", &trajectory(data)?, &trajectory_note(data));
-    section(&mut h, "Similarity matrix", &similarity_matrix(data)?, "Cosine similarity of each keyframe (row) with each earlier one (column); accepted closures are circled.");
+    section(
+        &mut h,
+        "Similarity matrix",
+        &similarity_matrix(data)?,
+        "Cosine similarity of each keyframe (row) with each earlier one (column); accepted closures are circled.",
+    );
     if let Some(curve) = &data.curve {
         let note = format!(
             "Best match of every keyframe by similarity alone, before margin and consistency. Average precision {:.3}, recall at 100 % precision {:.3}. The point marks the threshold in use, {:.3}.",
@@ -123,7 +130,12 @@ pub fn html(data: &ReportData) -> Result<String> {
         );
         section(&mut h, "Precision and recall", &pr_plot(curve, data.threshold)?, &note);
     }
-    section(&mut h, "What became of the images", &reasons_plot(&data.reasons)?, "Every image is counted once. `structvpr doctor` says which setting each reason hangs on.");
+    section(
+        &mut h,
+        "What became of the images",
+        &reasons_plot(&data.reasons)?,
+        "Every image is counted once. `structvpr doctor` says which setting each reason hangs on.",
+    );
     h += "</div>";
     pairs(&mut h, "Best matches", &data.best)?;
     pairs(&mut h, "Worst matches", &data.worst)?;
@@ -209,9 +221,20 @@ fn trajectory(data: &ReportData) -> Result<String> {
             .y_label_area_size(44)
             .build_cartesian_2d(x.0..x.1, y.0..y.1)
             .map_err(plot_error)?;
-        chart.configure_mesh().light_line_style(TRANSPARENT).bold_line_style(GREY.mix(0.15)).x_desc("x, m").y_desc("y, m").draw().map_err(plot_error)?;
-        let stretches: Vec<Vec<(f64, f64)>> =
-            data.positions.split(|p| p.is_none()).map(|s| s.iter().flatten().copied().collect()).filter(|s: &Vec<_>| !s.is_empty()).collect();
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(GREY.mix(0.15))
+            .x_desc("x, m")
+            .y_desc("y, m")
+            .draw()
+            .map_err(plot_error)?;
+        let stretches: Vec<Vec<(f64, f64)>> = data
+            .positions
+            .split(|p| p.is_none())
+            .map(|s| s.iter().flatten().copied().collect())
+            .filter(|s: &Vec<_>| !s.is_empty())
+            .collect();
         for s in stretches {
             chart.draw_series(DashedLineSeries::new(s.iter().copied(), 3, 3, GREY.mix(0.8).stroke_width(1))).map_err(plot_error)?;
             chart.draw_series(s.iter().map(|p| Circle::new(*p, 1, GREY.filled()))).map_err(plot_error)?;
@@ -229,7 +252,8 @@ fn trajectory(data: &ReportData) -> Result<String> {
 
 /// Dark blue through green to yellow, nearly even in lightness.
 fn viridis(t: f32) -> [u8; 3] {
-    const STOPS: [[f32; 3]; 6] = [[68., 1., 84.], [65., 68., 135.], [42., 120., 142.], [34., 168., 132.], [122., 209., 81.], [253., 231., 37.]];
+    const STOPS: [[f32; 3]; 6] =
+        [[68., 1., 84.], [65., 68., 135.], [42., 120., 142.], [34., 168., 132.], [122., 209., 81.], [253., 231., 37.]];
     let t = if t.is_nan() { 0.0 } else { t.clamp(0.0, 1.0) } * (STOPS.len() - 1) as f32;
     let i = (t as usize).min(STOPS.len() - 2);
     std::array::from_fn(|c| (STOPS[i][c] + (STOPS[i + 1][c] - STOPS[i][c]) * (t - i as f32)) as u8)
@@ -296,7 +320,14 @@ fn pr_plot(curve: &PrCurve, threshold: f32) -> Result<String> {
             .y_label_area_size(44)
             .build_cartesian_2d(0f64..1.0, 0f64..1.02)
             .map_err(plot_error)?;
-        chart.configure_mesh().light_line_style(TRANSPARENT).bold_line_style(GREY.mix(0.2)).x_desc("recall").y_desc("precision").draw().map_err(plot_error)?;
+        chart
+            .configure_mesh()
+            .light_line_style(TRANSPARENT)
+            .bold_line_style(GREY.mix(0.2))
+            .x_desc("recall")
+            .y_desc("precision")
+            .draw()
+            .map_err(plot_error)?;
         let points = curve.points.iter().map(|p| (p.recall, p.precision));
         chart.draw_series(LineSeries::new(points, BLUE.stroke_width(2))).map_err(plot_error)?;
         if let Some(p) = curve.points.iter().rfind(|p| p.score >= threshold) {
@@ -336,7 +367,8 @@ fn reasons_plot(reasons: &[(String, u64)]) -> Result<String> {
         for (i, (name, count)) in reasons.iter().enumerate() {
             let fill = if name == "CLOSURE" { GREEN } else { GREY };
             let (slot, value) = (n - 1 - i, *count as f64);
-            let mut bar = Rectangle::new([(0.0, SegmentValue::Exact(slot)), (value, SegmentValue::Exact(slot + 1))], fill.mix(0.85).filled());
+            let mut bar =
+                Rectangle::new([(0.0, SegmentValue::Exact(slot)), (value, SegmentValue::Exact(slot + 1))], fill.mix(0.85).filled());
             bar.set_margin(5, 5, 0, 0);
             chart.draw_series([bar]).map_err(plot_error)?;
             let text = Text::new(count.to_string(), (value + most as f64 * 0.01, SegmentValue::CenterOf(slot)), ("sans-serif", 13));
@@ -381,7 +413,10 @@ mod tests {
             summary: vec![("model".into(), "<script>".into())],
             positions: vec![Some((0.0, 0.0)), None, Some((5.0, 5.0)), Some((0.5, 0.0))],
             positions_from: "the ground truth",
-            closures: vec![DrawnClosure { query: 3, matched: 0, verdict: Verdict::True }, DrawnClosure { query: 3, matched: 1, verdict: Verdict::False }],
+            closures: vec![
+                DrawnClosure { query: 3, matched: 0, verdict: Verdict::True },
+                DrawnClosure { query: 3, matched: 1, verdict: Verdict::False },
+            ],
             index,
             curve: Some(PrCurve::new(&[])),
             threshold: 0.5,

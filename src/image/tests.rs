@@ -2,8 +2,23 @@ use super::*;
 use proptest::prelude::*;
 
 const ENCODINGS: [&str; 17] = [
-    "rgb8", "bgr8", "rgba8", "bgra8", "mono8", "8UC1", "8UC3", "mono16", "16UC1", "bayer_rggb8", "bayer_bggr8", "bayer_gbrg8",
-    "bayer_grbg8", "yuv422", "yuv422_yuy2", "nv21", "nv24",
+    "rgb8",
+    "bgr8",
+    "rgba8",
+    "bgra8",
+    "mono8",
+    "8UC1",
+    "8UC3",
+    "mono16",
+    "16UC1",
+    "bayer_rggb8",
+    "bayer_bggr8",
+    "bayer_gbrg8",
+    "bayer_grbg8",
+    "yuv422",
+    "yuv422_yuy2",
+    "nv21",
+    "nv24",
 ];
 
 fn raw<'a>(width: u32, height: u32, encoding: &'a str, step: u32, data: &'a [u8]) -> RawImage<'a> {
@@ -55,7 +70,9 @@ fn big_endian_mono16_and_planar_yuv() {
 fn each_bayer_pattern_gives_the_colour_it_was_made_from() {
     // A plain colour, sampled through each filter, must come back in the middle.
     let colour = [200u8, 100, 50];
-    for (encoding, pattern) in [("bayer_rggb8", [0, 1, 1, 2]), ("bayer_bggr8", [2, 1, 1, 0]), ("bayer_gbrg8", [1, 2, 0, 1]), ("bayer_grbg8", [1, 0, 2, 1])] {
+    for (encoding, pattern) in
+        [("bayer_rggb8", [0, 1, 1, 2]), ("bayer_bggr8", [2, 1, 1, 0]), ("bayer_gbrg8", [1, 2, 0, 1]), ("bayer_grbg8", [1, 0, 2, 1])]
+    {
         let data: Vec<u8> = (0..64usize).map(|i| colour[pattern[(i / 8 % 2) * 2 + i % 2]]).collect();
         let image = RgbImage::from_raw(&raw(8, 8, encoding, 8, &data)).unwrap();
         assert_eq!(image.data()[(3 * 8 + 3) * 3..][..3], colour, "{encoding}");

@@ -46,9 +46,7 @@ impl Index {
             self.dim = descriptor.dim();
         }
         if descriptor.dim() != self.dim {
-            return Err(Error::Descriptor {
-                reason: format!("{} dimensions, the map has {}", descriptor.dim(), self.dim),
-            });
+            return Err(Error::Descriptor { reason: format!("{} dimensions, the map has {}", descriptor.dim(), self.dim) });
         }
         self.rows.extend_from_slice(descriptor.as_slice());
         Ok(())

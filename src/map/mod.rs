@@ -97,8 +97,7 @@ impl Map {
         let own_end = self.keyframes.len().saturating_sub(keyframes);
         let mut ranges: Vec<Range<usize>> = Vec::new();
         for (row, keyframe) in self.keyframes.iter().enumerate() {
-            let open = keyframe.session != session
-                || (row < own_end && stamp_ns.saturating_sub(keyframe.stamp_ns) >= window);
+            let open = keyframe.session != session || (row < own_end && stamp_ns.saturating_sub(keyframe.stamp_ns) >= window);
             if open {
                 match ranges.last_mut() {
                     Some(last) if last.end == row => last.end += 1,
@@ -113,10 +112,7 @@ impl Map {
     /// joined by an accepted closure whose ends are that near to them.
     pub fn same_place(&self, a: usize, b: usize, radius: usize) -> bool {
         let near = |a: usize, b: usize| a.abs_diff(b) <= radius && self.keyframes[a].session == self.keyframes[b].session;
-        near(a, b)
-            || self.links.iter().any(|l| {
-                (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched))
-            })
+        near(a, b) || self.links.iter().any(|l| (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched)))
     }
 }
 

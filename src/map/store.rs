@@ -72,8 +72,7 @@ impl Map {
         }
         let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         let pragma = |name: &str| -> Result<i64> {
-            db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0))
-                .map_err(|e| Error::map(format!("not a StructVPR map ({e})")))
+            db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0)).map_err(|e| Error::map(format!("not a StructVPR map ({e})")))
         };
         if pragma("application_id")? != APPLICATION_ID {
             return Err(Error::map("not a StructVPR map"));

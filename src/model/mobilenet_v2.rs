@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 type Stage = (usize, usize, usize, usize);
 
 /// The stages of the MobileNetV2 paper's table 2, without the last 1x1 convolution.
-const STAGES: [Stage; 7] =
-    [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)];
+const STAGES: [Stage; 7] = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)];
 
 /// Channels after the stem.
 const STEM: usize = 32;

@@ -32,11 +32,7 @@ impl Model {
     pub fn new(weights: Weights) -> Result<Self> {
         weights.spec.validate()?;
         let net = MobileNetV2::new(weights.spec.padding, |name| {
-            weights
-                .tensors
-                .get(name)
-                .cloned()
-                .ok_or_else(|| Error::TensorMissing { name: name.into(), layout: weights.layout })
+            weights.tensors.get(name).cloned().ok_or_else(|| Error::TensorMissing { name: name.into(), layout: weights.layout })
         })?;
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);

@@ -11,9 +11,10 @@ fn noise(seed: usize, n: usize) -> Vec<f32> {
 /// A safetensors file of f32 tensors.
 fn file(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
-    let views = tensors.iter().zip(&bytes).map(|((n, s, _), b)| {
-        (n.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s.clone(), b).unwrap())
-    });
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((n, s, _), b)| (n.clone(), safetensors::tensor::TensorView::new(safetensors::Dtype::F32, s.clone(), b).unwrap()));
     safetensors::serialize(views, None).unwrap()
 }
 
@@ -45,7 +46,11 @@ fn tensorflow_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let scale = (6.0 / spec.shape[1..].iter().product::<usize>() as f64).sqrt() as f32;
         let weight = noise(10 * i, spec.shape.iter().product()).into_iter().map(|v| v * scale).collect();
         out.push((format!("conv{i:02}.weight"), spec.shape.to_vec(), weight));
-        out.push((format!("conv{i:02}.bias"), vec![spec.shape[0]], noise(10 * i + 1, spec.shape[0]).into_iter().map(|v| 0.1 * v).collect()));
+        out.push((
+            format!("conv{i:02}.bias"),
+            vec![spec.shape[0]],
+            noise(10 * i + 1, spec.shape[0]).into_iter().map(|v| 0.1 * v).collect(),
+        ));
     }
     out
 }

@@ -133,7 +133,9 @@ impl Weights {
         let mut file = if bytes.starts_with(b"PK\x03\x04") {
             read_pth(bytes)?
         } else if bytes.starts_with(b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46") {
-            return Err(Error::weights("this is PyTorch's old (before 1.6) checkpoint format; load and save it again with a newer PyTorch"));
+            return Err(Error::weights(
+                "this is PyTorch's old (before 1.6) checkpoint format; load and save it again with a newer PyTorch",
+            ));
         } else if bytes.len() >= 9 && bytes[8] == b'{' {
             read_safetensors(bytes)?
         } else {
@@ -368,9 +370,7 @@ fn state_dict(pickle: &Pickle) -> Option<Items<'_>> {
         return Some(root);
     }
     let wanted = ["state_dict", "model", "model_state_dict", "net"];
-    root.iter()
-        .find(|(k, _)| pickle.str(*k).is_some_and(|k| wanted.contains(&k)))
-        .and_then(|(_, v)| dict(pickle.get(*v)))
+    root.iter().find(|(k, _)| pickle.str(*k).is_some_and(|k| wanted.contains(&k))).and_then(|(_, v)| dict(pickle.get(*v)))
 }
 
 struct TorchTensor {
@@ -400,9 +400,7 @@ fn torch_tensor(pickle: &Pickle, id: usize) -> Option<std::result::Result<TorchT
         let Node::Persistent(pid) = pickle.get(*args.first()?) else { return None };
         let pid = pickle.seq(*pid)?;
         let Node::Global(_, kind) = pickle.get(*pid.get(1)?) else { return None };
-        let sizes = |id: usize| -> Option<Vec<usize>> {
-            pickle.seq(id)?.iter().map(|i| usize::try_from(pickle.int(*i)?).ok()).collect()
-        };
+        let sizes = |id: usize| -> Option<Vec<usize>> { pickle.seq(id)?.iter().map(|i| usize::try_from(pickle.int(*i)?).ok()).collect() };
         Some(TorchTensor {
             storage: pickle.str(*pid.get(2)?)?.to_string(),
             kind: kind.clone(),

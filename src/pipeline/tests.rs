@@ -130,7 +130,8 @@ fn a_look_alike_that_stands_still_is_no_loop() {
     let mut d = detector(|c| c.decision.min_consistent = 5);
     decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));
     // The robot moves (the noise of each frame is its own), but always the same place of the map comes up.
-    let stuck = (0..20).map(|i| Frame { descriptor: place(20.0 + 0.4 * f64::from(i % 2), 77 + i as u64), ..frame(100.0 + f64::from(i), 20.0) });
+    let stuck =
+        (0..20).map(|i| Frame { descriptor: place(20.0 + 0.4 * f64::from(i % 2), 77 + i as u64), ..frame(100.0 + f64::from(i), 20.0) });
     let mut d2 = detector(|c| {
         c.decision.min_consistent = 5;
         c.keyframe.min_descriptor_change = 0.0;

@@ -52,7 +52,11 @@ fn bags_of_every_kind_that_rosbags_writes_give_the_same_images_and_poses() {
         assert_eq!((truth.x, truth.y), (1.0, 2.0), "{kind}");
     }
     // The same bag by its file.
-    let file = std::fs::read_dir(dir.path().join("mcap")).unwrap().map(|e| e.unwrap().path()).find(|p| p.extension().is_some_and(|e| e == "mcap")).unwrap();
+    let file = std::fs::read_dir(dir.path().join("mcap"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.extension().is_some_and(|e| e == "mcap"))
+        .unwrap();
     assert_eq!(stamps(&file), want);
 }
 
@@ -162,7 +166,8 @@ fn empty_foreign_and_missing_bags_are_errors_that_name_the_path() {
     // A metadata.yaml that names files outside the bag reaches nothing.
     let bag = dir.path().join("evil");
     std::fs::create_dir(&bag).unwrap();
-    std::fs::write(bag.join("metadata.yaml"), "rosbag2_bagfile_information: {relative_file_paths: ['../text.mcap', '/etc/passwd']}").unwrap();
+    std::fs::write(bag.join("metadata.yaml"), "rosbag2_bagfile_information: {relative_file_paths: ['../text.mcap', '/etc/passwd']}")
+        .unwrap();
     assert!(said(&bag).contains("not a rosbag2 bag"));
 }
 

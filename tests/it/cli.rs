@@ -71,7 +71,16 @@ fn a_map_goes_on_in_a_second_run_and_refuses_another_model() {
     assert_eq!(second["map_keyframes"], 120);
     assert!(second["closures"].as_u64().unwrap() >= 48, "{second}");
     let other = p("other.safetensors");
-    ok(&["convert", root().join("models/structvpr-synthetic-v1.safetensors").to_str().unwrap(), "--out", &other, "--gem-p", "2", "--name", "other"]);
+    ok(&[
+        "convert",
+        root().join("models/structvpr-synthetic-v1.safetensors").to_str().unwrap(),
+        "--out",
+        &other,
+        "--gem-p",
+        "2",
+        "--name",
+        "other",
+    ]);
     let before = std::fs::read(dir.path().join("m.map")).unwrap();
     let said = fails(&["replay", &p("day"), "--map", &p("m.map"), "--model", &other, "--out", &p("third")]);
     assert!(said.contains("m.map") && said.contains("`other`") && said.contains("do not compare"), "{said}");
@@ -94,7 +103,9 @@ fn eval_describe_and_compare_agree_with_each_other() {
     let npz = p("out/descriptors.npz");
     let again: serde_json::Value = serde_json::from_str(&ok(&["eval", "--dataset", &dataset, "--descriptors", &npz, "--json"])).unwrap();
     assert_eq!(again["recall"], report["recall"]);
-    let rows: serde_json::Value = serde_json::from_str(&ok(&["compare", "--dataset", &dataset, "--method", "shipped", "--method", &format!("file={npz}"), "--json"])).unwrap();
+    let rows: serde_json::Value =
+        serde_json::from_str(&ok(&["compare", "--dataset", &dataset, "--method", "shipped", "--method", &format!("file={npz}"), "--json"]))
+            .unwrap();
     assert_eq!(rows["shipped"]["recall"], rows["file"]["recall"]);
     assert!(ok(&["compare", "--dataset", &dataset, "--method", &format!("file={npz}")]).contains("R@20"));
     let said = ok(&["describe", &p("day"), "--out", &p("d.npz")]);
@@ -108,7 +119,15 @@ fn eval_describe_and_compare_agree_with_each_other() {
 d = np.load(sys.argv[1]); assert d['query'].shape == (60, 448) and d['query'].dtype == np.float32
 np.save(sys.argv[2] + '/q.npy', d['query'].astype(np.float64) * 3); np.save(sys.argv[2] + '/r.npy', np.asfortranarray(d['reference']))";
         assert!(Command::new(python).args(["-c", code, &npz, &p("")]).status().unwrap().success());
-        let npy: serde_json::Value = serde_json::from_str(&ok(&["eval", "--dataset", &dataset, "--descriptors", &format!("{}:{}", p("q.npy"), p("r.npy")), "--json"])).unwrap();
+        let npy: serde_json::Value = serde_json::from_str(&ok(&[
+            "eval",
+            "--dataset",
+            &dataset,
+            "--descriptors",
+            &format!("{}:{}", p("q.npy"), p("r.npy")),
+            "--json",
+        ]))
+        .unwrap();
         assert_eq!(npy["recall"], report["recall"]);
     }
 }

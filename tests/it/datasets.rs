@@ -64,7 +64,11 @@ fn folders_match_by_pose_or_name() {
 fn coordinates_from_file_names_and_pitts30k_folders() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().display();
-    for (side, n) in [("queries", "@0585001.55@4476000.00@17@T@.png"), ("database", "@0585020.00@4476000.00@17@T@.png"), ("database", "@0585099.00@4476000.00@x.png")] {
+    for (side, n) in [
+        ("queries", "@0585001.55@4476000.00@17@T@.png"),
+        ("database", "@0585020.00@4476000.00@17@T@.png"),
+        ("database", "@0585099.00@4476000.00@x.png"),
+    ] {
         touch(&dir.path().join("images/test").join(side).join(n));
     }
     let d = open(&format!("pitts30k:{root}")).unwrap();
@@ -121,7 +125,11 @@ fn msls_tables_are_read_by_column_name() {
     let root = dir.path();
     let table = |city: &str, side: &str, rows: &[(&str, f64, f64, &str, &str, &str)]| {
         let base = root.join("train_val").join(city).join(side);
-        let (mut raw, mut post, mut sub) = (",key,lon,lat,ca,captured_at,pano\n".to_string(), ",key,easting,northing,unique_cluster,control_panel,night,view_direction\n".to_string(), ",all,s2w,w2s,o2n,n2o,d2n,n2d\n".to_string());
+        let (mut raw, mut post, mut sub) = (
+            ",key,lon,lat,ca,captured_at,pano\n".to_string(),
+            ",key,easting,northing,unique_cluster,control_panel,night,view_direction\n".to_string(),
+            ",all,s2w,w2s,o2n,n2o,d2n,n2d\n".to_string(),
+        );
         for (i, (key, e, n, ca, pano, night)) in rows.iter().enumerate() {
             touch(&base.join("images").join(format!("{key}.jpg")));
             raw += &format!("{i},{key},1.0,2.0,{ca},2018-01-01,{pano}\n");
@@ -133,7 +141,11 @@ fn msls_tables_are_read_by_column_name() {
         }
     };
     table("cph", "query", &[("q1", 0.0, 0.0, "10.0", "False", "True"), ("q2", 500.0, 0.0, "10.0", "False", "False")]);
-    table("cph", "database", &[("d1", 10.0, 0.0, "355.0", "False", "True"), ("d2", 5.0, 0.0, "90.0", "False", "True"), ("p", 0.0, 0.0, "10.0", "True", "True")]);
+    table(
+        "cph",
+        "database",
+        &[("d1", 10.0, 0.0, "355.0", "False", "True"), ("d2", 5.0, 0.0, "90.0", "False", "True"), ("p", 0.0, 0.0, "10.0", "True", "True")],
+    );
     table("sf", "query", &[("q3", 0.0, 0.0, "0", "False", "True")]);
     table("sf", "database", &[("d3", 24.0, 0.0, "39.0", "False", "True")]);
     let d = open(&format!("msls:{}", root.display())).unwrap();
@@ -157,7 +169,9 @@ fn unknown_kinds_and_empty_folders_say_what_is_known() {
 #[test]
 fn published_ground_truth_files_are_read() {
     let Some(dir) = shared("published_ground_truth_files_are_read", "data/vprbench_corridor/datasets") else { return };
-    for (name, rows) in [("corridor", 111), ("Pittsburgh", 1000), ("Nordland", 2760), ("17places", 406), ("Tokyo247", 315), ("SPEDTEST", 607)] {
+    for (name, rows) in
+        [("corridor", 111), ("Pittsburgh", 1000), ("Nordland", 2760), ("17places", 406), ("Tokyo247", 315), ("SPEDTEST", 607)]
+    {
         let bytes = std::fs::read(dir.join(name).join("ground_truth_new.npy")).unwrap();
         let truth = structvpr::dataset::parse_vprbench_truth(&bytes).unwrap();
         assert_eq!(truth.len(), rows, "{name}");

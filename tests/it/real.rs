@@ -19,7 +19,11 @@ fn agrees(test: &str, dataset: impl Fn(&Path) -> String, want: [f64; 3]) {
 
 #[test]
 fn gardens_point_right_to_left_agrees_with_the_independent_baseline() {
-    agrees("gardens_point", |d| format!("traverse:{0}/day_right:{0}/day_left,tolerance=2", d.join("gardens_point_day").display()), [0.875, 0.985, 0.995]);
+    agrees(
+        "gardens_point",
+        |d| format!("traverse:{0}/day_right:{0}/day_left,tolerance=2", d.join("gardens_point_day").display()),
+        [0.875, 0.985, 0.995],
+    );
 }
 
 #[test]
@@ -48,7 +52,17 @@ fn gardens_point_as_one_run_closes_loops_and_no_false_one() {
     let (left, right) = (dir.join("day_left"), dir.join("day_right"));
     let run = |name: &str| {
         let to = out.path().join(name);
-        ok(&["replay", left.to_str().unwrap(), right.to_str().unwrap(), "--ground-truth", table.to_str().unwrap(), "--truth-radius", "5", "--out", to.to_str().unwrap()]);
+        ok(&[
+            "replay",
+            left.to_str().unwrap(),
+            right.to_str().unwrap(),
+            "--ground-truth",
+            table.to_str().unwrap(),
+            "--truth-radius",
+            "5",
+            "--out",
+            to.to_str().unwrap(),
+        ]);
         to
     };
     let (a, b) = (run("a"), run("b"));

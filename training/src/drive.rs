@@ -109,10 +109,12 @@ pub fn run(args: &Args) -> Result<()> {
         if args.raw {
             let (width, height) = (frame.image.width(), frame.image.height());
             let data = frame.image.data().to_vec();
-            let image = Image { header: header.clone(), height, width, encoding: "rgb8".into(), is_bigendian: false, step: 3 * width, data };
+            let image =
+                Image { header: header.clone(), height, width, encoding: "rgb8".into(), is_bigendian: false, step: 3 * width, data };
             bag.write("/camera/image_raw", stamp_ns, &image)?;
         } else {
-            let image = CompressedImage { header: header.clone(), format: "rgb8; jpeg compressed bgr8".into(), data: frame.image.to_jpeg(90)? };
+            let image =
+                CompressedImage { header: header.clone(), format: "rgb8; jpeg compressed bgr8".into(), data: frame.image.to_jpeg(90)? };
             bag.write("/camera/image_raw/compressed", stamp_ns, &image)?;
         }
         bag.write("/camera/camera_info", stamp_ns, &CameraInfo { header, camera: renderer.lens().camera() })?;
@@ -146,7 +148,11 @@ fn write_poses(bag: &mut BagWriter, drive: &Drive, args: &Args) -> Result<()> {
         odom.1 = now.1 + yaw_error;
         before = now;
         let header = |frame: &str| Header { stamp_ns, frame_id: frame.into() };
-        bag.write("/odom", stamp_ns, &Odometry { header: header("odom"), child_frame_id: "base_link".into(), pose: isometry(odom.0, odom.1) })?;
+        bag.write(
+            "/odom",
+            stamp_ns,
+            &Odometry { header: header("odom"), child_frame_id: "base_link".into(), pose: isometry(odom.0, odom.1) },
+        )?;
         bag.write("/ground_truth/pose", stamp_ns, &PoseStamped { header: header("map"), pose: isometry(now.0, now.1) })?;
     }
     Ok(())

@@ -67,17 +67,14 @@ pub fn run(args: &Args) -> Result<()> {
     let start = weights.tensors.clone();
 
     println!("before: {}", validate(&Model::new(weights.clone())?, args)?);
-    let vars: BTreeMap<String, Var> =
-        weights.tensors.iter().map(|(n, t)| Ok((n.clone(), Var::from_tensor(t)?))).collect::<Result<_>>()?;
+    let vars: BTreeMap<String, Var> = weights.tensors.iter().map(|(n, t)| Ok((n.clone(), Var::from_tensor(t)?))).collect::<Result<_>>()?;
     let net = MobileNetV2::new(weights.spec.padding, |name| {
         vars.get(name).map(|v| v.as_tensor().clone()).with_context(|| format!("no tensor {name}"))
     })?;
     // The stem and the first stages see edges and colours; a renderer has nothing to teach them.
     let tuned = vars.iter().filter(|(n, _)| !["stem", "blocks.1.", "blocks.2.", "blocks.3."].iter().any(|p| n.starts_with(p)));
-    let mut optimiser = AdamW::new(
-        tuned.map(|(_, v)| v.clone()).collect(),
-        ParamsAdamW { lr: args.lr, weight_decay: 1e-4, ..ParamsAdamW::default() },
-    )?;
+    let mut optimiser =
+        AdamW::new(tuned.map(|(_, v)| v.clone()).collect(), ParamsAdamW { lr: args.lr, weight_decay: 1e-4, ..ParamsAdamW::default() })?;
     let mut rng = ChaCha8Rng::seed_from_u64(args.seed);
     let (mut losses, began) = (Vec::new(), std::time::Instant::now());
     for step in 0..args.steps {
@@ -91,7 +88,12 @@ pub fn run(args: &Args) -> Result<()> {
         losses.push(value);
         if (step + 1) % 20 == 0 {
             let mean = losses.iter().rev().take(20).sum::<f32>() / 20.0;
-            println!("step {:4}/{}: loss {mean:.4}, {:.2} s a step", step + 1, args.steps, began.elapsed().as_secs_f64() / (step + 1) as f64);
+            println!(
+                "step {:4}/{}: loss {mean:.4}, {:.2} s a step",
+                step + 1,
+                args.steps,
+                began.elapsed().as_secs_f64() / (step + 1) as f64
+            );
         }
     }
     for (name, tensor) in &mut weights.tensors {
@@ -115,7 +117,11 @@ fn batch(rng: &mut ChaCha8Rng, args: &Args, weights: &Weights) -> Result<Tensor>
     let mut views: Vec<(u64, View)> = Vec::new();
     for i in 0..args.places {
         let own = i % 2 == 1;
-        let (seed, s) = if own { (TRAINING_WORLDS + rng.random_range(0..2000), rng.random_range(0.0..250.0)) } else { (street, offset + gap * i as f64) };
+        let (seed, s) = if own {
+            (TRAINING_WORLDS + rng.random_range(0..2000), rng.random_range(0.0..250.0))
+        } else {
+            (street, offset + gap * i as f64)
+        };
         let a = rng.random_range(0..NAMES.len());
         let b = (a + rng.random_range(1..NAMES.len())) % NAMES.len();
         for condition in [a, b] {
@@ -155,7 +161,7 @@ fn triplet(d: &Tensor, places: usize) -> Result<Tensor> {
 /// L2 distance of two unit vectors from their inner product.
 fn distance(dot: &Tensor) -> candle_core::Result<Tensor> {
     // The floor keeps the root's gradient finite where two descriptors are the same.
-    ((2.0 - (dot * 2.0)?)? .maximum(1e-6)?).sqrt()
+    ((2.0 - (dot * 2.0)?)?.maximum(1e-6)?).sqrt()
 }
 
 /// Recall@1 on streets that training never saw: by sun against each other condition.

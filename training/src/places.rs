@@ -42,7 +42,8 @@ pub fn run(args: &Args) -> Result<()> {
     let renderer = renderer(args.size[0], args.size[1]);
     let mut total = 0;
     for name in &args.conditions {
-        let condition = NAMES.iter().position(|n| n == name).with_context(|| format!("no condition `{name}`; known: {}", NAMES.join(", ")))?;
+        let condition =
+            NAMES.iter().position(|n| n == name).with_context(|| format!("no condition `{name}`; known: {}", NAMES.join(", ")))?;
         let dir = args.out.join(name);
         for sub in ["images", "labels", "depth"] {
             std::fs::create_dir_all(dir.join(sub)).with_context(|| format!("cannot make {}", dir.join(sub).display()))?;
@@ -58,10 +59,12 @@ pub fn run(args: &Args) -> Result<()> {
                 let file = format!("{street:05}_{place:04}.png");
                 write_file(&dir.join("images").join(&file), &frame.image.to_png()?)?;
                 write_map(&dir.join("labels").join(&file), &frame.labels, args.size[1])?;
-                let millimetres: Vec<u16> = frame.depth.iter().map(|d| if *d * 1000.0 < 65535.0 { (d * 1000.0) as u16 } else { 0 }).collect();
+                let millimetres: Vec<u16> =
+                    frame.depth.iter().map(|d| if *d * 1000.0 < 65535.0 { (d * 1000.0) as u16 } else { 0 }).collect();
                 write_map(&dir.join("depth").join(&file), &millimetres, args.size[1])?;
                 let (p, heading) = world.route.at(view.s, view.lateral);
-                let _ = writeln!(poses, "{file},{:.3},{:.3},{:.3}", p.x + street as f64 * STREET_GAP, p.y, (heading + view.yaw).to_degrees());
+                let _ =
+                    writeln!(poses, "{file},{:.3},{:.3},{:.3}", p.x + street as f64 * STREET_GAP, p.y, (heading + view.yaw).to_degrees());
                 total += 1;
             }
         }

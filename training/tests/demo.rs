@@ -40,7 +40,22 @@ fn the_same_seed_renders_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
     let files = ["a", "b"].map(|n| {
         let bag = dir.path().join(n).join("drive");
-        ok(&["bag", "--out", bag.to_str().unwrap(), "--size", "64", "64", "--rate", "1", "--seconds", "4", "--conditions", "night,snow", "--seed", "3"]);
+        ok(&[
+            "bag",
+            "--out",
+            bag.to_str().unwrap(),
+            "--size",
+            "64",
+            "64",
+            "--rate",
+            "1",
+            "--seconds",
+            "4",
+            "--conditions",
+            "night,snow",
+            "--seed",
+            "3",
+        ]);
         std::fs::read(bag.join("drive_0.mcap")).unwrap()
     });
     assert!(files[0] == files[1]);
@@ -60,7 +75,21 @@ fn the_bag_holds_what_a_robot_would_record() {
 fn the_data_set_has_exact_labels_and_depth_beside_each_image() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
-    ok(&["places", "--out", root.to_str().unwrap(), "--streets", "100", "1", "--spacing", "120", "--size", "128", "96", "--conditions", "sun,night"]);
+    ok(&[
+        "places",
+        "--out",
+        root.to_str().unwrap(),
+        "--streets",
+        "100",
+        "1",
+        "--spacing",
+        "120",
+        "--size",
+        "128",
+        "96",
+        "--conditions",
+        "sun,night",
+    ]);
     let list = |d: &Path| structvpr::dataset::list_images(d).unwrap();
     for condition in ["sun", "night"] {
         let images = list(&root.join(condition).join("images"));

@@ -140,7 +140,8 @@ fn search(args: &Args, n: usize) -> Result<Row> {
     let query = vector(n + 7)?;
     let dir = tempfile::tempdir()?;
     let peer = if args.peers {
-        let write = |name: &str, rows: usize, data: Vec<f64>| std::fs::write(dir.path().join(name), write_npy(&Matrix { rows, cols: DIM, data }));
+        let write =
+            |name: &str, rows: usize, data: Vec<f64>| std::fs::write(dir.path().join(name), write_npy(&Matrix { rows, cols: DIM, data }));
         write("rows.npy", n, (0..n).flat_map(|i| index.row(i).iter().map(|v| f64::from(*v))).collect())?;
         write("query.npy", 1, query.as_slice().iter().map(|v| f64::from(*v)).collect())?;
         Some(Peer::start(args, "search.py", &[dir.path()])?)

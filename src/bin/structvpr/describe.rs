@@ -66,6 +66,12 @@ pub fn run(args: Args) -> Result<ExitCode> {
     write_file(&args.out, &write_npz(&[("descriptors", &common::matrix(&descriptors))])?)?;
     let names = args.out.with_extension("csv");
     write_file(&names, &table.into_inner()?)?;
-    println!("{} descriptors of {} dimensions ({failed} images left out) -> {}, {}", descriptors.len(), descriptors[0].dim(), args.out.display(), names.display());
+    println!(
+        "{} descriptors of {} dimensions ({failed} images left out) -> {}, {}",
+        descriptors.len(),
+        descriptors[0].dim(),
+        args.out.display(),
+        names.display()
+    );
     Ok(ExitCode::SUCCESS)
 }

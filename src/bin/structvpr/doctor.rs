@@ -65,7 +65,11 @@ fn examine(done: &Finished) -> Vec<Finding> {
             false_closures(done, s.false_closures, &mut say);
         }
     } else {
-        say("No ground truth: what follows cannot tell a missed loop from a place seen for the first time. Give one with --ground-truth.".into(), None);
+        say(
+            "No ground truth: what follows cannot tell a missed loop from a place seen for the first time. Give one with --ground-truth."
+                .into(),
+            None,
+        );
     }
     rejected(done, &mut say);
     if findings.iter().all(|f| f.change.is_none()) {
@@ -109,7 +113,10 @@ fn false_closures(done: &Finished, n: usize, say: Say) {
     let longest = wrong.iter().map(|e| e.consistent_count).max().unwrap_or(0);
     say(
         format!("{n} closure(s) are false; the surest has a similarity of {similarity:.4}, the longest chain is {longest}."),
-        Some(format!("raise decision.similarity_threshold above {similarity:.4} (now {:.4}), or decision.min_consistent above {longest}", done.run.detector.threshold())),
+        Some(format!(
+            "raise decision.similarity_threshold above {similarity:.4} (now {:.4}), or decision.min_consistent above {longest}",
+            done.run.detector.threshold()
+        )),
     );
 }
 
@@ -137,7 +144,10 @@ fn rejected(done: &Finished, say: Say) {
             if n == total && total > 0 {
                 say(
                     format!("All {n} keyframes lie within the exclusion window of each other: nothing could be compared."),
-                    Some(format!("lower search.exclusion_s (now {}) or search.exclusion_keyframes (now {}); or load an earlier map with --map", config.search.exclusion_s, config.search.exclusion_keyframes)),
+                    Some(format!(
+                        "lower search.exclusion_s (now {}) or search.exclusion_keyframes (now {}); or load an earlier map with --map",
+                        config.search.exclusion_s, config.search.exclusion_keyframes
+                    )),
                 );
             }
             continue;

@@ -112,7 +112,10 @@ pub fn score(dataset: &Dataset, queries: &[Descriptor], references: &[Descriptor
 fn print_table(r: &Report, out: Option<&std::path::Path>) {
     println!("{}", r.dataset);
     println!("{}", r.protocol);
-    println!("{} queries ({} more without a true match, not counted), {} references", r.recall.queries, r.recall.queries_without_match, r.references);
+    println!(
+        "{} queries ({} more without a true match, not counted), {} references",
+        r.recall.queries, r.recall.queries_without_match, r.references
+    );
     for (n, share) in &r.recall.recall {
         println!("R@{n:<3} {share:.3}");
     }

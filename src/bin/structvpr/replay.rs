@@ -123,7 +123,11 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
     }
     let known = run.truth.iter().any(Option::is_some);
     if args.ground_truth.is_some() {
-        ensure!(known, "{}: no pose fits any keyframe, neither by name nor by stamp", args.ground_truth.as_deref().unwrap_or(Path::new("")).display());
+        ensure!(
+            known,
+            "{}: no pose fits any keyframe, neither by name nor by stamp",
+            args.ground_truth.as_deref().unwrap_or(Path::new("")).display()
+        );
     }
     let scores = known.then(|| score_run(&run.keyframes(), args.truth_radius, args.truth_angle.to_radians()));
     let curve = known.then(|| similarity_curve(&run, args));
@@ -141,14 +145,28 @@ fn similarity_curve(run: &Run, args: &RunArgs) -> PrCurve {
         keyframes[r.decision.query].closed_to = r.decision.evidence.map(|e| e.matched);
     }
     let forced = score_run(&keyframes, args.truth_radius, args.truth_angle.to_radians());
-    let nothing = score_run(&keyframes.into_iter().map(|mut k| { k.closed_to = None; k }).collect::<Vec<_>>(), args.truth_radius, args.truth_angle.to_radians());
+    let nothing = score_run(
+        &keyframes
+            .into_iter()
+            .map(|mut k| {
+                k.closed_to = None;
+                k
+            })
+            .collect::<Vec<_>>(),
+        args.truth_radius,
+        args.truth_angle.to_radians(),
+    );
     let scored: Vec<Scored> = run
         .records
         .iter()
         .filter_map(|r| {
             let (e, q) = (r.decision.evidence?, r.decision.query);
             let known = forced.verdicts[q] != Verdict::Unknown;
-            known.then(|| Scored { score: e.similarity, correct: forced.verdicts[q] == Verdict::True, possible: nothing.verdicts[q] == Verdict::Missed })
+            known.then(|| Scored {
+                score: e.similarity,
+                correct: forced.verdicts[q] == Verdict::True,
+                possible: nothing.verdicts[q] == Verdict::Missed,
+            })
         })
         .collect();
     PrCurve::new(&scored)
@@ -173,7 +191,11 @@ impl Finished {
     }
 
     fn closures(&self) -> impl Iterator<Item = (usize, Evidence)> + '_ {
-        self.run.records.iter().filter(|r| r.decision.outcome == Outcome::Closure).filter_map(|r| Some((r.decision.query, r.decision.evidence?)))
+        self.run
+            .records
+            .iter()
+            .filter(|r| r.decision.outcome == Outcome::Closure)
+            .filter_map(|r| Some((r.decision.query, r.decision.evidence?)))
     }
 
     /// Outcome or reason, and how often.
@@ -194,7 +216,19 @@ impl Finished {
 
     fn closures_csv(&self) -> Result<Vec<u8>> {
         let mut out = csv::Writer::from_writer(Vec::new());
-        out.write_record(["query_id", "query_stamp", "query_name", "match_id", "match_stamp", "match_name", "similarity", "margin", "consistent_count", "time_gap_s", "verdict"])?;
+        out.write_record([
+            "query_id",
+            "query_stamp",
+            "query_name",
+            "match_id",
+            "match_stamp",
+            "match_name",
+            "similarity",
+            "margin",
+            "consistent_count",
+            "time_gap_s",
+            "verdict",
+        ])?;
         let keyframes = self.run.detector.map().keyframes();
         for (q, e) in self.closures() {
             let (a, b) = (&keyframes[q], &keyframes[e.matched]);
@@ -218,8 +252,25 @@ impl Finished {
     fn candidates_csv(&self) -> Result<Vec<u8>> {
         let mut out = csv::Writer::from_writer(Vec::new());
         out.write_record([
-            "query_id", "query_stamp", "query_name", "decision", "reject_reason", "match_id", "match_stamp", "match_name", "similarity", "second_id",
-            "second_similarity", "margin", "consistent_count", "chain_similarity", "pace", "pace_error", "time_gap_s", "odometry_distance_m", "verdict",
+            "query_id",
+            "query_stamp",
+            "query_name",
+            "decision",
+            "reject_reason",
+            "match_id",
+            "match_stamp",
+            "match_name",
+            "similarity",
+            "second_id",
+            "second_similarity",
+            "margin",
+            "consistent_count",
+            "chain_similarity",
+            "pace",
+            "pace_error",
+            "time_gap_s",
+            "odometry_distance_m",
+            "verdict",
         ])?;
         let keyframes = self.run.detector.map().keyframes();
         for r in &self.run.records {
@@ -285,7 +336,11 @@ impl Finished {
     }
 
     fn report_html(&self) -> Result<String> {
-        let drawn = |(query, e): (usize, Evidence)| DrawnClosure { query, matched: e.matched, verdict: self.verdict(query).unwrap_or(Verdict::None) };
+        let drawn = |(query, e): (usize, Evidence)| DrawnClosure {
+            query,
+            matched: e.matched,
+            verdict: self.verdict(query).unwrap_or(Verdict::None),
+        };
         let (positions, positions_from) = self.positions();
         let (best, worst) = self.pairs()?;
         let run = &self.run;
@@ -317,8 +372,12 @@ impl Finished {
     fn pairs(&self) -> Result<(Vec<Pair>, Vec<Pair>)> {
         const SHOWN: usize = 6;
         let keyframes = self.run.detector.map().keyframes();
-        let all: Vec<(usize, Evidence, bool)> =
-            self.run.records.iter().filter_map(|r| Some((r.decision.query, r.decision.evidence?, r.decision.outcome == Outcome::Closure))).collect();
+        let all: Vec<(usize, Evidence, bool)> = self
+            .run
+            .records
+            .iter()
+            .filter_map(|r| Some((r.decision.query, r.decision.evidence?, r.decision.outcome == Outcome::Closure)))
+            .collect();
         let rank = |(q, e, closed): &(usize, Evidence, bool)| {
             let group = match (self.verdict(*q), closed) {
                 (Some(Verdict::False), true) => 0,
@@ -348,7 +407,8 @@ impl Finished {
         let mut good: Vec<_> = all.into_iter().filter(|(q, _, closed)| *closed && self.verdict(*q) != Some(Verdict::False)).collect();
         good.sort_by(|a, b| b.1.similarity.total_cmp(&a.1.similarity));
         let best = spread(good);
-        let names: HashSet<&str> = best.iter().chain(&worst).flat_map(|(q, e, _)| [keyframes[*q].name.as_str(), keyframes[e.matched].name.as_str()]).collect();
+        let names: HashSet<&str> =
+            best.iter().chain(&worst).flat_map(|(q, e, _)| [keyframes[*q].name.as_str(), keyframes[e.matched].name.as_str()]).collect();
         let images = self.run.fetch(&*self.sequence, &names)?;
         let pair = |(q, e, closed): &(usize, Evidence, bool)| {
             let mut caption = format!("{} / {}: similarity {:.3}", keyframes[*q].name, keyframes[e.matched].name, e.similarity);
@@ -410,7 +470,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
 /// The run in a few lines.
 pub fn print_summary(done: &Finished) {
     let run = &done.run;
-    println!("{} images, {} keyframes, {} closures (threshold {:.3})", run.images, run.records.len(), done.closures().count(), run.detector.threshold());
+    println!(
+        "{} images, {} keyframes, {} closures (threshold {:.3})",
+        run.images,
+        run.records.len(),
+        done.closures().count(),
+        run.detector.threshold()
+    );
     if let Some(s) = &done.scores {
         println!(
             "loops found: {} of {} possible ({:.1} %), false closures: {}, path {:.2} km",

@@ -28,14 +28,12 @@ impl CustomOp2 for BiasAct {
         let activation = self.0;
         let mut out = vec![0f32; x.len()];
         if height * width > 0 {
-            out.par_chunks_mut(height * width).zip(x.par_chunks(height * width)).enumerate().for_each(
-                |(plane, (out, x))| {
-                    let b = bias[plane % channels];
-                    for (o, x) in out.iter_mut().zip(x) {
-                        *o = activation.apply(x + b);
-                    }
-                },
-            );
+            out.par_chunks_mut(height * width).zip(x.par_chunks(height * width)).enumerate().for_each(|(plane, (out, x))| {
+                let b = bias[plane % channels];
+                for (o, x) in out.iter_mut().zip(x) {
+                    *o = activation.apply(x + b);
+                }
+            });
         }
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
@@ -66,12 +64,7 @@ impl CustomOp2 for Relu6Grad {
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let res = contiguous(self.name(), s1, l1)?;
         let grad = contiguous(self.name(), s2, l2)?;
-        let out = res
-            .par_iter()
-            .with_min_len(1 << 14)
-            .zip(grad)
-            .map(|(r, g)| if *r > 0.0 && *r < 6.0 { *g } else { 0.0 })
-            .collect();
+        let out = res.par_iter().with_min_len(1 << 14).zip(grad).map(|(r, g)| if *r > 0.0 && *r < 6.0 { *g } else { 0.0 }).collect();
         Ok((CpuStorage::F32(out), l2.shape().clone()))
     }
 }

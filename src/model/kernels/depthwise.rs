@@ -22,14 +22,7 @@ struct Depthwise {
 ///
 /// `x`: N x C x H x W contiguous f32; `weight`: C x 1 x 3 x 3; `bias`: C; `stride` 1 or 2.
 /// Returns N x C x H' x W'. Errors: other strides, shapes that do not fit.
-pub fn depthwise3x3(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    stride: usize,
-    pad: Pad,
-    activation: Activation,
-) -> Result<Tensor> {
+pub fn depthwise3x3(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize, pad: Pad, activation: Activation) -> Result<Tensor> {
     x.apply_op3(weight, bias, Depthwise { stride, pad, activation, isa: Isa::detect() })
 }
 
@@ -110,14 +103,7 @@ impl Plane {
 }
 
 #[inline(always)]
-fn plane_forward<const FUSED: bool>(
-    plane: Plane,
-    x: &[f32],
-    kernel: &[f32; 9],
-    bias: f32,
-    activation: Activation,
-    out: &mut [f32],
-) {
+fn plane_forward<const FUSED: bool>(plane: Plane, x: &[f32], kernel: &[f32; 9], bias: f32, activation: Activation, out: &mut [f32]) {
     let len = plane.row_len();
     let mut rows = vec![0f32; 3 * len];
     // Slot of padded row y is y % 3; `loaded` counts the rows already there.
@@ -135,8 +121,7 @@ fn plane_forward<const FUSED: bool>(
         let [d, e, f] = plane.views(&rows[((first + 1) % 3) * len..][..len]);
         let [g, h, i] = plane.views(&rows[((first + 2) % 3) * len..][..len]);
         let n = out.len();
-        let (a, b, c, d, e, f, g, h, i) =
-            (&a[..n], &b[..n], &c[..n], &d[..n], &e[..n], &f[..n], &g[..n], &h[..n], &i[..n]);
+        let (a, b, c, d, e, f, g, h, i) = (&a[..n], &b[..n], &c[..n], &d[..n], &e[..n], &f[..n], &g[..n], &h[..n], &i[..n]);
         for x in 0..n {
             let mut s = bias;
             s = fma::<FUSED>(a[x], kernel[0], s);
@@ -308,13 +293,12 @@ impl CustomOp2 for InputGrad {
         let plane = Plane::new(&self.op, self.height, self.width)?;
         let mut out = vec![0f32; n * channels * self.height * self.width];
         let isa = self.op.isa;
-        out.par_chunks_mut(self.height * self.width)
-            .zip(grad.par_chunks(plane.out_height * plane.out_width))
-            .enumerate()
-            .for_each(|(i, (out, grad))| {
+        out.par_chunks_mut(self.height * self.width).zip(grad.par_chunks(plane.out_height * plane.out_width)).enumerate().for_each(
+            |(i, (out, grad))| {
                 let kernel = kernel_of(weight, i % channels);
                 dispatch!(isa, plane_input_grad(plane: Plane, grad: &[f32], kernel: &[f32; 9], out: &mut [f32]));
-            });
+            },
+        );
         Ok((CpuStorage::F32(out), (n, channels, self.height, self.width).into()))
     }
 }
@@ -441,7 +425,10 @@ mod tests {
     fn relu6_clamps_keeps_nan_and_masks_the_gradient() -> Result<()> {
         let d = &Device::Cpu;
         let x = Var::from_vec(vec![-1f32, 3.0, 9.0, f32::NAN], (1, 4, 1, 1), d)?;
-        let (w, b) = (Tensor::from_vec([0f32, 0., 0., 0., 1., 0., 0., 0., 0.].repeat(4), (4, 1, 3, 3), d)?, Tensor::zeros(4, candle_core::DType::F32, d)?);
+        let (w, b) = (
+            Tensor::from_vec([0f32, 0., 0., 0., 1., 0., 0., 0., 0.].repeat(4), (4, 1, 3, 3), d)?,
+            Tensor::zeros(4, candle_core::DType::F32, d)?,
+        );
         let y = depthwise3x3(&x, &w, &b, 1, Pad::ONE, Activation::Relu6)?;
         let v = y.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(&v[..3], &[0.0, 3.0, 6.0]);

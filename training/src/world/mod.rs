@@ -92,22 +92,44 @@ fn unit(angle: f64) -> Vector2<f64> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Material {
     /// A facade `width` x `height` metres.
-    Facade { seed: u64, width: f32, height: f32 },
+    Facade {
+        seed: u64,
+        width: f32,
+        height: f32,
+    },
     /// A plain wall (a building's side).
-    Wall { seed: u64 },
+    Wall {
+        seed: u64,
+    },
     /// A tree's crown, seen from anywhere.
-    Crown { seed: u64 },
+    Crown {
+        seed: u64,
+    },
     Trunk,
-    Hedge { seed: u64 },
-    Fence { seed: u64 },
+    Hedge {
+        seed: u64,
+    },
+    Fence {
+        seed: u64,
+    },
     Pole,
     /// The glowing head of a street lamp.
     Lamp,
-    Sign { seed: u64 },
+    Sign {
+        seed: u64,
+    },
     /// A car's lower body or cabin; `face` 0 end, 1 side, 2 top.
-    Body { seed: u64, face: u8 },
-    Cabin { seed: u64, face: u8 },
-    Person { seed: u64 },
+    Body {
+        seed: u64,
+        face: u8,
+    },
+    Cabin {
+        seed: u64,
+        face: u8,
+    },
+    Person {
+        seed: u64,
+    },
 }
 
 impl Material {

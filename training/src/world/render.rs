@@ -151,7 +151,15 @@ impl Renderer {
     }
 
     /// One frame. `seconds` places what moves; `exposure_seed` seeds noise, flakes and streaks.
-    pub fn render(&self, world: &World, traffic: &Traffic, condition: &Condition, pose: &CameraPose, seconds: f64, exposure_seed: u64) -> Frame {
+    pub fn render(
+        &self,
+        world: &World,
+        traffic: &Traffic,
+        condition: &Condition,
+        pose: &CameraPose,
+        seconds: f64,
+        exposure_seed: u64,
+    ) -> Frame {
         let view = View::new(pose);
         let (moving, people) = world.place_traffic(traffic, seconds);
         let mut quads: Vec<Quad> = world.quads.iter().chain(&moving).cloned().collect();
@@ -171,7 +179,8 @@ impl Renderer {
         });
 
         let scene = Scene { world, condition, view: &view, quads: &quads, pixel: (1.0 / self.lens.focal()) as f32 };
-        let shaded: Vec<(Rgb, u8, f32)> = hits.par_iter().enumerate().with_min_len(1024).map(|(i, hit)| scene.shade(view.ray(self.rays[i]), hit)).collect();
+        let shaded: Vec<(Rgb, u8, f32)> =
+            hits.par_iter().enumerate().with_min_len(1024).map(|(i, hit)| scene.shade(view.ray(self.rays[i]), hit)).collect();
         let labels = shaded.iter().map(|s| s.1).collect();
         let depth = shaded.iter().map(|s| s.2).collect();
         let linear: Vec<Rgb> = shaded.into_iter().map(|s| s.0).collect();
@@ -241,7 +250,8 @@ impl Renderer {
     /// Weather in front of the lens, exposure, vignette, gamma, noise.
     fn expose(&self, linear: &[Rgb], condition: &Condition, seed: u64) -> RgbImage {
         let luma = |c: &Rgb| 0.299 * c.x + 0.587 * c.y + 0.114 * c.z;
-        let mean = linear.par_iter().with_min_len(4096).map(|c| f64::from(luma(c).min(1.5).powf(1.0 / 2.2))).sum::<f64>() / linear.len() as f64;
+        let mean =
+            linear.par_iter().with_min_len(4096).map(|c| f64::from(luma(c).min(1.5).powf(1.0 / 2.2))).sum::<f64>() / linear.len() as f64;
         let gain = (condition.exposure_target / mean.max(1e-3) as f32).powf(2.2).clamp(0.3, 12.0);
         let (w, h) = (self.lens.width as usize, self.lens.height as usize);
         let mut data = vec![0u8; linear.len() * 3];

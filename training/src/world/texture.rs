@@ -19,14 +19,32 @@ fn plain(albedo: Rgb) -> Surface {
 
 /// Wall colours: plaster, brick, concrete, sandstone, painted.
 const PALETTE: [[f32; 3]; 12] = [
-    [0.62, 0.56, 0.45], [0.45, 0.20, 0.14], [0.52, 0.51, 0.49], [0.70, 0.63, 0.50], [0.38, 0.42, 0.47], [0.74, 0.72, 0.68],
-    [0.56, 0.36, 0.24], [0.33, 0.16, 0.12], [0.66, 0.50, 0.32], [0.44, 0.52, 0.46], [0.58, 0.40, 0.40], [0.28, 0.29, 0.31],
+    [0.62, 0.56, 0.45],
+    [0.45, 0.20, 0.14],
+    [0.52, 0.51, 0.49],
+    [0.70, 0.63, 0.50],
+    [0.38, 0.42, 0.47],
+    [0.74, 0.72, 0.68],
+    [0.56, 0.36, 0.24],
+    [0.33, 0.16, 0.12],
+    [0.66, 0.50, 0.32],
+    [0.44, 0.52, 0.46],
+    [0.58, 0.40, 0.40],
+    [0.28, 0.29, 0.31],
 ];
 
 /// Paints of cars, awnings, signs and clothes.
 const PAINT: [[f32; 3]; 10] = [
-    [0.70, 0.05, 0.05], [0.05, 0.15, 0.50], [0.75, 0.75, 0.75], [0.04, 0.04, 0.05], [0.30, 0.31, 0.33],
-    [0.05, 0.32, 0.14], [0.75, 0.55, 0.08], [0.55, 0.57, 0.60], [0.20, 0.08, 0.25], [0.80, 0.30, 0.06],
+    [0.70, 0.05, 0.05],
+    [0.05, 0.15, 0.50],
+    [0.75, 0.75, 0.75],
+    [0.04, 0.04, 0.05],
+    [0.30, 0.31, 0.33],
+    [0.05, 0.32, 0.14],
+    [0.75, 0.55, 0.08],
+    [0.55, 0.57, 0.60],
+    [0.20, 0.08, 0.25],
+    [0.80, 0.30, 0.06],
 ];
 
 fn pick(table: &[[f32; 3]], k: i64, seed: u64) -> Rgb {
@@ -92,10 +110,9 @@ pub fn surface(material: &Material, u: f32, v: f32, footprint: f32, condition: &
         }
         Material::Fence { seed } => plain(pick(&PALETTE, 5, seed) * 0.6),
         Material::Pole => plain(Rgb::repeat(0.16)),
-        Material::Lamp => Surface {
-            albedo: Rgb::repeat(0.5),
-            emission: if condition.lights { Rgb::new(3.0, 2.3, 1.3) } else { Rgb::zeros() },
-        },
+        Material::Lamp => {
+            Surface { albedo: Rgb::repeat(0.5), emission: if condition.lights { Rgb::new(3.0, 2.3, 1.3) } else { Rgb::zeros() } }
+        }
         Material::Sign { seed } => {
             let border = u.min(1.0 - u).min(v).min(1.0 - v) < 0.12;
             let glyph = unit((u * 5.0) as i64, (v * 5.0) as i64, seed) > 0.6;
