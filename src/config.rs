@@ -163,7 +163,11 @@ impl Config {
         if value.is_null() {
             return Ok(Self::default());
         }
-        let config: Self = serde_yaml::from_value(value).map_err(bad)?;
+        let config: Self = serde_path_to_error::deserialize(value).map_err(|e| Error::Config {
+            field: e.path().to_string(),
+            value: e.inner().to_string(),
+            allowed: "see config/structvpr.yaml".into(),
+        })?;
         config.validate()?;
         Ok(config)
     }

@@ -298,7 +298,7 @@ impl Layout {
     /// Bytes per tight row and number of rows.
     fn rows(self, width: usize, height: usize) -> Result<(usize, usize)> {
         let even = |what: &str, n: usize| {
-            if n % 2 == 0 {
+            if n.is_multiple_of(2) {
                 Ok(())
             } else {
                 Err(Error::image(format!("{what} {n} must be even for this encoding")))

@@ -1,4 +1,37 @@
-//! Visual place recognition and loop closure: StructVPR on Candle. See the README.
+//! Visual place recognition and loop closure for robots: StructVPR (CVPR 2023) in Rust on Candle.
+//!
+//! Images become global descriptors ([`model`]), descriptors become keyframes of a [`map`], and the
+//! [`pipeline`] says of each keyframe which loop it closes, or why it closes none.
+//!
+//! ```
+//! use structvpr::config::Config;
+//! use structvpr::image::RgbImage;
+//! use structvpr::map::Map;
+//! use structvpr::model::Model;
+//! use structvpr::pipeline::{Frame, LoopDetector, Outcome, Reason, Step};
+//!
+//! # fn main() -> structvpr::error::Result<()> {
+//! let model = Model::shipped()?;
+//! let map = Map::new(model.identity().clone());
+//! let mut detector = LoopDetector::new(Config::default(), map, model.spec().similarity_threshold)?;
+//!
+//! // One image; a robot would send them one after the other.
+//! let pixels = (0..320 * 240 * 3).map(|i| (i / 7 % 256) as u8).collect();
+//! let image = RgbImage::new(320, 240, pixels)?;
+//! let frame = Frame {
+//!     stamp_ns: 0,
+//!     name: "first".into(),
+//!     descriptor: model.describe(&image)?,
+//!     luma_std: image.luma_stats().1,
+//!     odom_from_base: None,
+//! };
+//! match detector.process(frame)? {
+//!     Step::Keyframe(decision) => assert_eq!(decision.outcome, Outcome::Rejected(Reason::TooRecent)),
+//!     Step::Skipped(why) => panic!("not a keyframe: {why:?}"),
+//! }
+//! # Ok(())
+//! # }
+//! ```
 
 pub mod bag;
 pub mod config;

@@ -190,7 +190,7 @@ impl<'a> Machine<'a> {
     }
 
     fn extend_dict(&mut self, more: Vec<Id>) -> Option<()> {
-        if more.len() % 2 != 0 {
+        if !more.len().is_multiple_of(2) {
             return None;
         }
         let pairs = more.chunks_exact(2).map(|p| (p[0], p[1]));

@@ -245,8 +245,7 @@ impl LoopDetector {
 
     fn skip(&self, frame: &Frame) -> Option<Skip> {
         let settings = &self.config.keyframe;
-        // NaN is low quality too.
-        if !(f64::from(frame.luma_std) >= settings.min_luma_std) {
+        if frame.luma_std.is_nan() || f64::from(frame.luma_std) < settings.min_luma_std {
             return Some(Skip::LowQuality);
         }
         let (row, descriptor) = self.last.as_ref()?;

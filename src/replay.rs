@@ -410,7 +410,11 @@ pub struct RunOptions {
     pub odometry: bool,
 }
 
-/// Runs `sequence` through model and detector. `truth` overrides the sequence's own; `progress` is called with the number of images done.
+/// Runs `sequence` through model and detector. `truth` overrides the sequence's own; `progress` is called
+/// with the number of images done.
+///
+/// Errors: no usable image, no calibration where `undistort` wants one. Single images that cannot be used
+/// become warnings.
 pub fn run(
     sequence: &dyn Sequence,
     model: &Model,

@@ -168,6 +168,11 @@ impl Bag {
     /// Errors: those of `visit`, and a topic that is not serialised as CDR when it was asked for by
     /// name.
     pub fn read(&self, topics: Option<&[&str]>, visit: Visit) -> Result<Vec<String>> {
+        // metadata.yaml may know of a foreign middleware what the files do not say.
+        let foreign = |name: &&&str| self.topics.get(**name).is_some_and(|t| !matches!(t.serialization.as_str(), "cdr" | ""));
+        if let Some(name) = topics.unwrap_or(&[]).iter().find(foreign) {
+            return Err(not_cdr(name, &self.topics[*name].serialization).at(&self.path));
+        }
         let mut warnings = Vec::new();
         let mut unpacked = Vec::new();
         let mut checked = |m: RawMessage| -> Result<()> {
@@ -175,7 +180,7 @@ impl Bag {
                 return Ok(());
             }
             if topics.is_some() && m.serialization != "cdr" {
-                return Err(Error::bag(format!("topic `{}` is serialised as `{}`, not as CDR", m.topic, m.serialization)));
+                return Err(not_cdr(m.topic, m.serialization));
             }
             if !self.message_compression {
                 return visit(m);
@@ -190,9 +195,8 @@ impl Bag {
         };
         for file in &self.files {
             let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            match read_one(file, &mut checked).map_err(|e| e.at(file))? {
-                Some(why) => warnings.push(format!("{name}: {why}")),
-                None => {}
+            if let Some(why) = read_one(file, &mut checked).map_err(|e| e.at(file))? {
+                warnings.push(format!("{name}: {why}"));
             }
         }
         Ok(warnings)
@@ -202,6 +206,10 @@ impl Bag {
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+fn not_cdr(topic: &str, serialization: &str) -> Error {
+    Error::bag(format!("topic `{topic}` is serialised as `{serialization}`, not as CDR"))
 }
 
 fn inside(path: &Path, folder: &Path) -> bool {

@@ -136,8 +136,8 @@ mod tests {
             RunKeyframe { truth: None, allowed: vec![0..2], closed_to: Some(0) },
         ];
         let s = score_run(&run, 5.0, 0.7);
-        use Verdict::*;
-        assert_eq!(s.verdicts, [None, None, True, False, Missed, None, False, Unknown]);
+        use Verdict::{False, Missed, True, Unknown};
+        assert_eq!(s.verdicts, [Verdict::None, Verdict::None, True, False, Missed, Verdict::None, False, Unknown]);
         assert_eq!((s.keyframes, s.possible, s.true_closures, s.false_closures), (7, 3, 1, 2));
         assert!((s.path_km - (100.0 + 99.0 + 98.0 + 1.0 + 402.0 + 500.0) / 1000.0).abs() < 1e-12);
         assert_eq!(s.found_share, 1.0 / 3.0);

@@ -76,10 +76,10 @@ const STYLE: &str = "
 body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#f6f7f9;margin:0}
 main{max-width:1080px;margin:0 auto;padding:24px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:18px;margin:0 0 8px}
-section{background:#fff;border:1px solid #dfe3ea;border-radius:8px;padding:18px 20px;margin:16px 0}
-.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(440px,1fr));gap:16px}.row section{margin:0}
+section{min-width:0;background:#fff;border:1px solid #dfe3ea;border-radius:8px;padding:18px 20px;margin:16px 0}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:16px}.row section{margin:0}
 table{border-collapse:collapse}td{padding:2px 18px 2px 0;vertical-align:top}td:first-child{color:#5b6472}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(470px,1fr));gap:14px}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(460px,100%),1fr));gap:14px}
 .pair{border-left:4px solid #16803d;padding-left:10px}.pair.bad{border-color:#c81e1e}
 .pair div{display:flex;gap:4px}.pair img{width:50%;min-width:0;border-radius:3px}.pair p{margin:4px 0 0;font-size:13px;color:#3c4450}
 .big{display:flex;gap:36px;flex-wrap:wrap;margin:10px 0 0}.big b{display:block;font-size:28px;line-height:1.2}.big span{color:#5b6472;font-size:13px}
@@ -217,8 +217,8 @@ fn trajectory(data: &ReportData) -> Result<String> {
         let root = SVGBackend::with_string(&mut svg, (540, 450)).into_drawing_area();
         let mut chart = ChartBuilder::on(&root)
             .margin(8)
-            .x_label_area_size(28)
-            .y_label_area_size(44)
+            .x_label_area_size(36)
+            .y_label_area_size(58)
             .build_cartesian_2d(x.0..x.1, y.0..y.1)
             .map_err(plot_error)?;
         chart
@@ -283,8 +283,8 @@ fn similarity_matrix(data: &ReportData) -> Result<String> {
         let root = SVGBackend::with_string(&mut svg, (540, 450)).into_drawing_area();
         let mut chart = ChartBuilder::on(&root)
             .margin(8)
-            .x_label_area_size(28)
-            .y_label_area_size(44)
+            .x_label_area_size(36)
+            .y_label_area_size(58)
             .build_cartesian_2d(0f64..n as f64, n as f64..0f64)
             .map_err(plot_error)?;
         chart.configure_mesh().disable_mesh().x_desc("earlier keyframe").y_desc("keyframe").draw().map_err(plot_error)?;
@@ -317,7 +317,7 @@ fn pr_plot(curve: &PrCurve, threshold: f32) -> Result<String> {
         let mut chart = ChartBuilder::on(&root)
             .margin(10)
             .x_label_area_size(32)
-            .y_label_area_size(44)
+            .y_label_area_size(58)
             .build_cartesian_2d(0f64..1.0, 0f64..1.02)
             .map_err(plot_error)?;
         chart
@@ -351,7 +351,7 @@ fn reasons_plot(reasons: &[(String, u64)]) -> Result<String> {
             .build_cartesian_2d(0f64..most as f64 * 1.12, (0..n).into_segmented())
             .map_err(plot_error)?;
         let label = |s: &SegmentValue<usize>| match s {
-            SegmentValue::CenterOf(i) => reasons.get(n - 1 - *i).map(|r| r.0.clone()).unwrap_or_default(),
+            SegmentValue::CenterOf(i) => (n - 1).checked_sub(*i).and_then(|i| reasons.get(i)).map(|r| r.0.clone()).unwrap_or_default(),
             _ => String::new(),
         };
         chart

@@ -1,3 +1,4 @@
+use super::weights::NamedTensor;
 use super::*;
 use crate::eval::read_matrix;
 use crate::test_noise;
@@ -9,7 +10,7 @@ fn noise(seed: usize, n: usize) -> Vec<f32> {
 }
 
 /// A safetensors file of f32 tensors.
-fn file(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
+fn file(tensors: &[NamedTensor]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
     let views = tensors
         .iter()
@@ -19,7 +20,7 @@ fn file(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<u8> {
 }
 
 /// The random weights of tests/golden/make.py under torchvision's names, batch norm apart.
-fn torchvision_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
+fn torchvision_tensors() -> Vec<NamedTensor> {
     let mut out = Vec::new();
     for (i, spec) in conv_specs().into_iter().enumerate() {
         let c = spec.shape[0];
@@ -40,7 +41,7 @@ fn torchvision_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
     out
 }
 
-fn tensorflow_tensors() -> Vec<(String, Vec<usize>, Vec<f32>)> {
+fn tensorflow_tensors() -> Vec<NamedTensor> {
     let mut out = Vec::new();
     for (i, spec) in conv_specs().into_iter().enumerate() {
         let scale = (6.0 / spec.shape[1..].iter().product::<usize>() as f64).sqrt() as f32;
@@ -107,7 +108,7 @@ fn what_is_written_is_read_again_with_its_header() {
 
 #[test]
 fn missing_extra_and_misshapen_tensors_are_named() {
-    let said = |change: &dyn Fn(&mut Vec<(String, Vec<usize>, Vec<f32>)>)| {
+    let said = |change: &dyn Fn(&mut Vec<NamedTensor>)| {
         let mut t = torchvision_tensors();
         change(&mut t);
         Weights::parse(&file(&t)).map(|_| ()).unwrap_err().to_string()

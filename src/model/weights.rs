@@ -452,8 +452,12 @@ impl TorchTensor {
     }
 }
 
-/// Name, shape and values of each tensor of a checkpoint.
+/// Name, shape and values.
 #[cfg(test)]
-pub(super) fn read_pth_for_tests(bytes: &[u8]) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+pub(super) type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
+/// The tensors of a checkpoint.
+#[cfg(test)]
+pub(super) fn read_pth_for_tests(bytes: &[u8]) -> Result<Vec<NamedTensor>> {
     Ok(read_pth(bytes)?.tensors.into_iter().map(|(n, r)| (n, r.shape, r.values)).collect())
 }

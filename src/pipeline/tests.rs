@@ -51,8 +51,8 @@ fn the_second_lap_closes_and_the_first_does_not() {
     for c in closed {
         assert!(c.query.abs_diff(c.evidence.unwrap().matched + 60) <= 1, "{c:?}");
     }
-    // The first keyframes of a chain wait for company.
-    assert_eq!(all[61].outcome, Outcome::Rejected(Reason::NotConsistent));
+    // A chain waits for company, whatever its first matches look like.
+    assert!(all[60].outcome != Outcome::Closure && all[61].outcome != Outcome::Closure);
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn nothing_is_added_while_parked_and_bad_images_and_stamps_are_named() {
         f.descriptor = place(5.0, i as u64);
         assert_eq!(d.process(f).unwrap(), Step::Skipped(Skip::Stationary));
     }
-    assert_eq!(d.process(frame(3600.1, 9.0)).map(|s| matches!(s, Step::Keyframe(_))).unwrap_or(false), true);
+    assert!(matches!(d.process(frame(3600.1, 9.0)).unwrap(), Step::Keyframe(_)));
     assert_eq!(d.process(frame(3600.2, 14.0)).unwrap(), Step::Skipped(Skip::TooSoon));
     assert_eq!(d.process(frame(10.0, 14.0)).unwrap(), Step::Skipped(Skip::TimeJump));
     let dark = Frame { luma_std: 1.0, ..frame(4000.0, 20.0) };

@@ -235,7 +235,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
     #[test]
     fn mutated_db3_never_panics(at in 0usize..100_000, flip in 1u8..=255, cut in 0usize..100_000) {
         static BAG: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();

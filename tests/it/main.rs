@@ -6,5 +6,6 @@ mod cdr;
 mod cli;
 mod datasets;
 mod layers;
+mod loaders;
 mod real;
 mod support;

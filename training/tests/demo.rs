@@ -23,7 +23,7 @@ fn ok(arguments: &[&str]) {
 fn two_laps_of_a_street_close_and_nothing_false_does() {
     let dir = tempfile::tempdir().unwrap();
     let bag = dir.path().join("drive");
-    ok(&["bag", "--out", bag.to_str().unwrap(), "--size", "320", "240", "--rate", "3"]);
+    ok(&["bag", "--out", bag.to_str().unwrap(), "--size", "320", "240"]);
     let sequence = replay::open(&[bag], &SourceOptions::default()).unwrap();
     let model = Model::shipped().unwrap();
     let detector = LoopDetector::new(Config::default(), Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();

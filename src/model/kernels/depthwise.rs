@@ -106,15 +106,12 @@ impl Plane {
 fn plane_forward<const FUSED: bool>(plane: Plane, x: &[f32], kernel: &[f32; 9], bias: f32, activation: Activation, out: &mut [f32]) {
     let len = plane.row_len();
     let mut rows = vec![0f32; 3 * len];
-    // Slot of padded row y is y % 3; `loaded` counts the rows already there.
+    // Padded row y lies in slot y % 3; `loaded` counts the rows read so far.
     let mut loaded = 0;
     for (oy, out) in out.chunks_exact_mut(plane.out_width).enumerate() {
         let first = oy * plane.stride;
         while loaded < first + 3 {
-            if loaded >= first {
-                let slot = loaded % 3;
-                plane.load(x, loaded, &mut rows[slot * len..][..len]);
-            }
+            plane.load(x, loaded, &mut rows[loaded % 3 * len..][..len]);
             loaded += 1;
         }
         let [a, b, c] = plane.views(&rows[(first % 3) * len..][..len]);

@@ -24,16 +24,8 @@ impl Activation {
     fn apply(self, x: f32) -> f32 {
         match self {
             Self::None => x,
-            // Comparisons in this order keep NaN, so that a broken input is seen downstream.
-            Self::Relu6 => {
-                if x < 0.0 {
-                    0.0
-                } else if x > 6.0 {
-                    6.0
-                } else {
-                    x
-                }
-            }
+            // `clamp` keeps NaN, so that a broken input is seen downstream.
+            Self::Relu6 => x.clamp(0.0, 6.0),
         }
     }
 }

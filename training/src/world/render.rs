@@ -334,8 +334,8 @@ impl Scene<'_> {
         let a = lateral.abs();
         let (mut colour, kind) = if a < ROAD_HALF {
             let mut asphalt = Rgb::repeat(0.10 + 0.06 * rough + 0.05 * (patch - 0.5));
-            let along = if (point.x.abs() - point.y.abs()).abs() > 0.0 { x + y } else { x };
-            let middle = a < 0.08 && (along * 0.22).rem_euclid(1.0) < 0.55;
+            // On a straight x + y runs along it; in a bend the dashes stretch.
+            let middle = a < 0.08 && ((x + y) * 0.22).rem_euclid(1.0) < 0.55;
             let edge = (a - (ROAD_HALF - 2.05)).abs() < 0.05;
             if middle || edge {
                 asphalt = asphalt.lerp(&Rgb::repeat(0.6), 0.25 + 0.75 * fade);
