@@ -1,7 +1,9 @@
 //! Inner products over rows of a matrix: the inner loop of the exact search.
 //!
 //! Reading is what costs: a map of 100 000 keyframes is 179 MB. So one sequential stream, each row
-//! read once, prefetched ahead; the query stays in the first-level cache.
+//! read once, which the hardware prefetches better than we could (measured: software prefetch cost
+//! 5 to 15 % on 4 kB pages and won 4 % on huge ones); the query stays in the first-level cache. Huge
+//! pages save a fifth of the time: see [`advise_huge_pages`].
 
 use crate::simd::Isa;
 
@@ -54,12 +56,27 @@ fn portable(a: &[f32], b: &[f32]) -> f32 {
     tail + lanes.iter().sum::<f32>()
 }
 
+/// Asks the system to back the whole pages of `memory` with huge ones. To be called before they are
+/// first written; where the system does not know how, nothing happens.
+pub(crate) fn advise_huge_pages(memory: &mut [std::mem::MaybeUninit<f32>]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = memory.as_ptr() as usize;
+        let (first, end) = (start.next_multiple_of(PAGE), (start + size_of_val(memory)) / PAGE * PAGE);
+        if first < end {
+            // SAFETY: the range lies inside `memory`; the advice changes how it is backed, never what
+            // it holds. That it may be refused does no harm.
+            unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
-
-    /// How far ahead of the row being read the next lines are asked for, in f32.
-    const AHEAD: usize = 1024;
 
     /// # Safety
     /// AVX-512 F must be there, and `rows.len() == query.len() * out.len()`.
@@ -71,7 +88,7 @@ mod x86 {
         let mask: __mmask16 = ((1u32 << tail) - 1) as __mmask16;
         for (i, out) in out.iter_mut().enumerate() {
             // SAFETY: row i lies inside `rows` by the contract; the masked load reads only the
-            // `tail` values that are left; prefetching any address is allowed.
+            // `tail` values that are left.
             unsafe {
                 let r = rows.as_ptr().add(i * dim);
                 let mut s = [_mm512_setzero_ps(); 4];
@@ -79,7 +96,6 @@ mod x86 {
                 while at + 64 <= wide {
                     for (k, s) in s.iter_mut().enumerate() {
                         let p = r.add(at + 16 * k);
-                        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
                         *s = _mm512_fmadd_ps(_mm512_loadu_ps(q.add(at + 16 * k)), _mm512_loadu_ps(p), *s);
                     }
                     at += 64;
@@ -106,8 +122,7 @@ mod x86 {
         let q = query.as_ptr();
         let wide = dim / 8 * 8;
         for (i, out) in out.iter_mut().enumerate() {
-            // SAFETY: row i lies inside `rows` by the contract; `at` stays below `wide <= dim`;
-            // prefetching any address is allowed.
+            // SAFETY: row i lies inside `rows` by the contract; `at` stays below `wide <= dim`.
             unsafe {
                 let r = rows.as_ptr().add(i * dim);
                 let mut s = [_mm256_setzero_ps(); 4];
@@ -115,9 +130,6 @@ mod x86 {
                 while at + 32 <= wide {
                     for (k, s) in s.iter_mut().enumerate() {
                         let p = r.add(at + 8 * k);
-                        if k % 2 == 0 {
-                            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD).cast());
-                        }
                         *s = _mm256_fmadd_ps(_mm256_loadu_ps(q.add(at + 8 * k)), _mm256_loadu_ps(p), *s);
                     }
                     at += 32;

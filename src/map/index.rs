@@ -1,12 +1,15 @@
 //! Exact nearest neighbours by inner product, over rows that arrive one at a time.
 
-use super::dot::scores;
+use super::dot::{advise_huge_pages, scores};
 use crate::descriptor::Descriptor;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
 /// Rows that are scored before the best are picked: their scores fit the first-level cache.
 const BLOCK: usize = 512;
+
+/// Rows that the first allocation holds.
+const FIRST_ROWS: usize = 256;
 
 /// One neighbour.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,8 +51,21 @@ impl Index {
         if descriptor.dim() != self.dim {
             return Err(Error::Descriptor { reason: format!("{} dimensions, the map has {}", descriptor.dim(), self.dim) });
         }
+        self.reserve(self.dim);
         self.rows.extend_from_slice(descriptor.as_slice());
         Ok(())
+    }
+
+    /// Room for `more` values. Grows by doubling into fresh memory, so that all of it can be backed by
+    /// huge pages: a reallocation would bring its small ones along.
+    fn reserve(&mut self, more: usize) {
+        if self.rows.capacity() - self.rows.len() >= more {
+            return;
+        }
+        let mut grown = Vec::with_capacity((2 * self.rows.capacity()).max(FIRST_ROWS * self.dim));
+        advise_huge_pages(grown.spare_capacity_mut());
+        grown.extend_from_slice(&self.rows);
+        self.rows = grown;
     }
 
     /// Row `i` (D values).
