@@ -190,7 +190,12 @@ pub struct LoopDetector {
     /// Where the previous keyframe pointed, with the length of each chain.
     pointers: Vec<Pointer>,
     last_closure_ns: Option<i64>,
+    /// Frames in a row with a stamp before the last keyframe's.
+    jumps: usize,
 }
+
+/// So many frames in a row from the past begin a new session.
+const JUMPS: usize = 5;
 
 impl LoopDetector {
     /// Starts a session on `map`. `recommended` is the threshold of the model's header.
@@ -203,7 +208,7 @@ impl LoopDetector {
             _ => recommended.unwrap_or(FALLBACK_SIMILARITY_THRESHOLD as f32),
         };
         let session = map.next_session();
-        Ok(Self { config, threshold, map, session, last: None, pointers: Vec::new(), last_closure_ns: None })
+        Ok(Self { config, threshold, map, session, last: None, pointers: Vec::new(), last_closure_ns: None, jumps: 0 })
     }
 
     /// The map with all that was added.
@@ -231,10 +236,15 @@ impl LoopDetector {
     /// Errors: a descriptor of another dimension than the map's; then nothing changes.
     pub fn process(&mut self, frame: Frame) -> Result<Step> {
         if let Some(skip) = self.skip(&frame) {
-            return Ok(Step::Skipped(skip));
+            if !self.clock_was_set_back(skip) {
+                return Ok(Step::Skipped(skip));
+            }
+            self.begin_session();
+        } else {
+            self.jumps = 0;
         }
-        let hits = self.search(&frame);
-        let (best, second) = self.places(&hits);
+        let (hits, second) = self.search(&frame);
+        let best = hits.first().copied();
         let pointers = self.follow(&hits);
         let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
         let outcome = self.decide(&frame, evidence.as_ref());
@@ -267,18 +277,36 @@ impl LoopDetector {
         still.then_some(Skip::Stationary)
     }
 
-    fn search(&self, frame: &Frame) -> Vec<Hit> {
-        let s = &self.config.search;
-        let open = self.map.outside_window(self.session, frame.stamp_ns, s.exclusion_s, s.exclusion_keyframes);
-        self.map.index().search(&frame.descriptor, s.top_k, &open)
+    /// One stamp in the past is a glitch; several in a row are a new clock, or a bag that began again.
+    fn clock_was_set_back(&mut self, skip: Skip) -> bool {
+        self.jumps = if skip == Skip::TimeJump { self.jumps + 1 } else { 0 };
+        self.jumps >= JUMPS
     }
 
-    /// Merges neighbouring hits: the best hit, and the best that is another place.
-    fn places(&self, hits: &[Hit]) -> (Option<Hit>, Option<Hit>) {
-        let radius = self.config.decision.place_radius;
-        let best = hits.first().copied();
-        let other = |b: Hit| hits.iter().find(|h| !self.map.same_place(b.row, h.row, radius)).copied();
-        (best, best.and_then(other))
+    /// What was mapped so far becomes an earlier session: its stamps do not compare with new ones.
+    fn begin_session(&mut self) {
+        (self.session, self.jumps) = (self.map.next_session(), 0);
+        (self.last, self.last_closure_ns) = (None, None);
+        self.pointers.clear();
+    }
+
+    /// The best hits outside the exclusion window, and the best one that is another place than the
+    /// first: neighbouring hits, and those that closures join, are one.
+    fn search(&self, frame: &Frame) -> (Vec<Hit>, Option<Hit>) {
+        let (s, radius) = (&self.config.search, self.config.decision.place_radius);
+        let open = self.map.outside_window(self.session, frame.stamp_ns, s.exclusion_s, s.exclusion_keyframes);
+        let mut k = s.top_k;
+        loop {
+            let mut hits = self.map.index().search(&frame.descriptor, k, &open);
+            let best = hits.first().map(|h| h.row);
+            let second = best.and_then(|b| hits.iter().find(|h| !self.map.same_place(b, h.row, radius)).copied());
+            // Where one place fills the list (a dense map, many laps) the rival lies further down.
+            if second.is_some() || hits.len() < k {
+                hits.truncate(s.top_k);
+                return (hits, second);
+            }
+            k *= 4;
+        }
     }
 
     /// Where this keyframe points: the best hit of each stretch of the map, with the longest chain

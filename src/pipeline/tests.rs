@@ -150,6 +150,37 @@ fn a_look_alike_that_stands_still_is_no_loop() {
 }
 
 #[test]
+fn a_clock_that_was_set_back_begins_a_session_and_a_glitch_does_not() {
+    let mut d = detector(|_| {});
+    decisions(&mut d, (0..60).map(|i| frame(1000.0 + f64::from(i), f64::from(i))));
+    // One stamp of zero, as drivers send when they forget it.
+    assert_eq!(d.process(frame(0.0, 60.0)).unwrap(), Step::Skipped(Skip::TimeJump));
+    assert_eq!(decisions(&mut d, [frame(1060.0, 60.0)]).len(), 1);
+    assert_eq!(d.session(), 0);
+    // The bag begins again: its frames are seen, as a session of their own, and close onto the first.
+    let all = decisions(&mut d, (0..60).map(|i| frame(1000.0 + f64::from(i), f64::from(i))));
+    assert_eq!((all.len(), d.session()), (60 - JUMPS + 1, 1));
+    assert!(all.iter().filter(|d| d.outcome == Outcome::Closure).count() >= 50);
+}
+
+#[test]
+fn a_rival_below_the_top_k_is_found() {
+    // Nine keyframes of one place, all within the place radius, then its look-alike among others.
+    let mut d = detector(|c| {
+        c.search.top_k = 4;
+        // No closure, which would join the two.
+        c.decision.min_consistent = 50;
+        c.keyframe.min_descriptor_change = 0.0;
+    });
+    let slowly = (0..9).map(|i| frame(f64::from(i), 20.0 + 0.01 * f64::from(i)));
+    let elsewhere = (0..20).map(|i| frame(50.0 + f64::from(i), 30.0 + f64::from(i)));
+    let after = (0..12).map(|i| frame(90.0 + f64::from(i), 50.0 + f64::from(i)));
+    decisions(&mut d, slowly.chain(elsewhere).chain([frame(80.0, 20.6)]).chain(after));
+    let e = decisions(&mut d, [frame(200.0, 20.1)]).pop().unwrap().evidence.unwrap();
+    assert!(e.second.is_some_and(|s| s.row == 29) && e.matched < 9, "{e:?}");
+}
+
+#[test]
 fn a_line_through_matches() {
     let of = |rows: &[usize]| Advance::of(&rows.iter().map(|row| Hit { row: *row, similarity: 1.0 }).collect::<Vec<_>>());
     assert_eq!(of(&[5, 6]), None);
