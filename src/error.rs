@@ -6,16 +6,17 @@ use std::path::{Path, PathBuf};
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Everything that can go wrong in the library. Each message names the file, field, tensor or
-/// topic it is about and, where there is one, the allowed range.
+/// topic it is about and, where there is one, the allowed range. A message holds its cause's, so
+/// `source()` gives none: printing a chain would say everything twice.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// An image whose header does not fit its data.
     #[error("image: {reason}")]
@@ -106,21 +107,21 @@ pub enum Error {
         reason: String,
     },
     /// Any of the above with the file it came from.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     In {
         /// The file.
         path: PathBuf,
         /// The error inside it.
-        source: Box<Error>,
+        cause: Box<Error>,
     },
     /// Candle refused a tensor operation.
-    #[error("tensor operation: {0}")]
+    #[error(transparent)]
     Candle(#[from] candle_core::Error),
     /// OpenCV refused an image operation.
-    #[error("OpenCV: {0}")]
+    #[error(transparent)]
     OpenCv(#[from] opencv::Error),
     /// SQLite refused.
-    #[error("SQLite: {0}")]
+    #[error(transparent)]
     Sqlite(#[from] rusqlite::Error),
 }
 
@@ -149,12 +150,12 @@ impl Error {
     pub fn at(self, path: &Path) -> Self {
         match self {
             Self::In { .. } | Self::Io { .. } => self,
-            other => Self::In { path: path.into(), source: Box::new(other) },
+            other => Self::In { path: path.into(), cause: Box::new(other) },
         }
     }
     /// For `map_err` on `std::io` calls.
     pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
-        move |source| Self::Io { path: path.into(), source }
+        move |cause| Self::Io { path: path.into(), cause }
     }
 }
 

@@ -188,6 +188,7 @@ fn bad_arguments_and_files_are_one_clear_line() {
         let said = fails(&arguments);
         assert!(said.contains(want), "{arguments:?}: {said}");
         assert_eq!(said.trim().lines().filter(|l| l.starts_with("structvpr: ")).count(), 1, "{said}");
+        assert_eq!(said.matches(want).count(), 1, "nothing is said twice: {said}");
     }
     assert_eq!(structvpr(&["replay"]).status.code(), Some(2));
     assert_eq!(structvpr(&["nonsense"]).status.code(), Some(2));
