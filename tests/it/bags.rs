@@ -86,6 +86,41 @@ fn a_choice_of_topics_is_listed_and_so_is_what_is_there_instead() {
     assert!(said("no_images", None).contains("no topic of type sensor_msgs/msg/Image"));
 }
 
+#[test]
+fn chunks_in_lz4_zstd_or_plain_and_a_compressed_file_read_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = [("lz4", Some(mcap::Compression::Lz4)), ("zstd", Some(mcap::Compression::Zstd)), ("plain", None)];
+    let mut paths = Vec::new();
+    for (name, compression) in kinds {
+        let path = dir.path().join(format!("{name}.mcap"));
+        let mut out = mcap::WriteOptions::new().compression(compression).create(std::fs::File::create(&path).unwrap()).unwrap();
+        let schema = out.add_schema(PoseStamped::TYPE, "ros2msg", b"").unwrap();
+        let channel = out.add_channel(schema, "/pose", "cdr", &Default::default()).unwrap();
+        for i in 0..200u32 {
+            let header = Header { stamp_ns: i64::from(i), frame_id: "map".into() };
+            let data = PoseStamped { header, pose: nalgebra::Isometry3::translation(f64::from(i), 0.0, 0.0) }.encode();
+            let header = mcap::records::MessageHeader { channel_id: channel, sequence: i, log_time: i.into(), publish_time: i.into() };
+            out.write_to_known_channel(&header, &data).unwrap();
+        }
+        out.finish().unwrap();
+        paths.push(path);
+    }
+    let packed = dir.path().join("whole.mcap.zstd");
+    std::fs::write(&packed, zstd::encode_all(&std::fs::read(&paths[2]).unwrap()[..], 3).unwrap()).unwrap();
+    paths.push(packed);
+    for path in paths {
+        let bag = Bag::open(&path).unwrap();
+        let mut sum = 0.0;
+        let warnings = bag
+            .read(Some(&["/pose"]), &mut |m| {
+                sum += PoseStamped::decode(m.data)?.pose.translation.x;
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!((sum, warnings), (19_900.0, vec![]), "{}", path.display());
+    }
+}
+
 fn own(dir: &Path, images: usize) -> PathBuf {
     let path = dir.join("own");
     let mut bag = BagWriter::create(&path).unwrap();
