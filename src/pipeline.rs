@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::map::{Hit, Keyframe, Link, Map};
 use nalgebra::Isometry3;
 use serde::Serialize;
+use std::ops::Range;
 
 /// One described image.
 #[derive(Clone, Debug)]
@@ -128,6 +129,8 @@ pub struct Decision {
     pub outcome: Outcome,
     /// `None` when nothing could be compared.
     pub evidence: Option<Evidence>,
+    /// Rows of the map that it was compared with: those outside the exclusion window.
+    pub compared: Vec<Range<usize>>,
 }
 
 /// What became of an image.
@@ -243,14 +246,15 @@ impl LoopDetector {
         } else {
             self.jumps = 0;
         }
-        let (hits, second) = self.search(&frame);
+        let compared = self.outside_window(&frame);
+        let (hits, second) = self.search(&frame, &compared);
         let best = hits.first().copied();
         let pointers = self.follow(&hits);
         let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
         let outcome = self.decide(&frame, evidence.as_ref());
         let query = self.remember(frame, evidence.as_ref(), outcome)?;
         self.pointers = pointers;
-        Ok(Step::Keyframe(Decision { query, outcome, evidence }))
+        Ok(Step::Keyframe(Decision { query, outcome, evidence, compared }))
     }
 
     fn skip(&self, frame: &Frame) -> Option<Skip> {
@@ -290,19 +294,23 @@ impl LoopDetector {
         self.pointers.clear();
     }
 
-    /// The best hits outside the exclusion window, and the best one that is another place than the
+    fn outside_window(&self, frame: &Frame) -> Vec<Range<usize>> {
+        let s = &self.config.search;
+        self.map.outside_window(self.session, frame.stamp_ns, s.exclusion_s, s.exclusion_keyframes)
+    }
+
+    /// The best hits among `rows`, and the best one that is another place than the
     /// first: neighbouring hits, and those that closures join, are one.
-    fn search(&self, frame: &Frame) -> (Vec<Hit>, Option<Hit>) {
-        let (s, radius) = (&self.config.search, self.config.decision.place_radius);
-        let open = self.map.outside_window(self.session, frame.stamp_ns, s.exclusion_s, s.exclusion_keyframes);
-        let mut k = s.top_k;
+    fn search(&self, frame: &Frame, rows: &[Range<usize>]) -> (Vec<Hit>, Option<Hit>) {
+        let (top_k, radius) = (self.config.search.top_k, self.config.decision.place_radius);
+        let mut k = top_k;
         loop {
-            let mut hits = self.map.index().search(&frame.descriptor, k, &open);
+            let mut hits = self.map.index().search(&frame.descriptor, k, rows);
             let best = hits.first().map(|h| h.row);
             let second = best.and_then(|b| hits.iter().find(|h| !self.map.same_place(b, h.row, radius)).copied());
             // Where one place fills the list (a dense map, many laps) the rival lies further down.
             if second.is_some() || hits.len() < k {
-                hits.truncate(s.top_k);
+                hits.truncate(top_k);
                 return (hits, second);
             }
             k *= 4;

@@ -13,7 +13,6 @@ use crate::pipeline::{Decision, Frame, LoopDetector, Outcome, Skip, Step};
 use nalgebra::Isometry3;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashSet};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// An image of a sequence, not yet decoded.
@@ -372,22 +371,13 @@ impl Sequence for BagSequence {
     }
 }
 
-/// One keyframe of a finished run.
-#[derive(Clone, Debug)]
-pub struct Record {
-    /// What the detector decided.
-    pub decision: Decision,
-    /// Rows that it was allowed to match.
-    pub allowed: Vec<Range<usize>>,
-}
-
 /// A finished run.
 #[derive(Debug)]
 pub struct Run {
     /// The detector with its map.
     pub detector: LoopDetector,
-    /// One record per keyframe of this run, in order.
-    pub records: Vec<Record>,
+    /// What was decided of each keyframe of this run, in order.
+    pub decisions: Vec<Decision>,
     /// Images that did not become keyframes, by reason.
     pub skipped: BTreeMap<Skip, u64>,
     /// Images seen.
@@ -430,7 +420,7 @@ pub fn run(
     };
     let none = Track::default();
     let odometry = if options.odometry { sequence.odometry() } else { &none };
-    let (mut records, mut skipped, mut images) = (Vec::new(), BTreeMap::new(), 0u64);
+    let (mut decisions, mut skipped, mut images) = (Vec::new(), BTreeMap::new(), 0u64);
     let mut unreadable: Vec<String> = Vec::new();
     let mut batch: Vec<Shot> = Vec::new();
     let mut flush = |batch: &mut Vec<Shot>| -> Result<()> {
@@ -444,11 +434,9 @@ pub fn run(
                     continue;
                 }
             };
-            let search = &detector.config().search;
-            let allowed = detector.map().outside_window(detector.session(), frame.stamp_ns, search.exclusion_s, search.exclusion_keyframes);
             match detector.process(frame)? {
                 Step::Skipped(why) => *skipped.entry(why).or_insert(0) += 1,
-                Step::Keyframe(decision) => records.push(Record { decision, allowed }),
+                Step::Keyframe(decision) => decisions.push(decision),
             }
         }
         batch.clear();
@@ -478,7 +466,7 @@ pub fn run(
         .map(|k| table.named(&k.name).or_else(|| table.at(k.stamp_ns, TRUTH_SLACK_NS)))
         .map(|p| p.map(|p| KeyframeTruth { x: p.x, y: p.y, heading: p.heading_deg.map(f64::to_radians) }))
         .collect();
-    Ok(Run { detector, records, skipped, images, truth, warnings })
+    Ok(Run { detector, decisions, skipped, images, truth, warnings })
 }
 
 fn describe(shot: &Shot, model: &Model, camera: Option<&Camera>, odometry: &Track) -> Result<Frame> {
@@ -501,10 +489,10 @@ impl Run {
     pub fn keyframes(&self) -> Vec<RunKeyframe> {
         let mut all: Vec<RunKeyframe> =
             self.truth.iter().map(|t| RunKeyframe { truth: *t, allowed: Vec::new(), closed_to: None }).collect();
-        for r in &self.records {
-            let slot = &mut all[r.decision.query];
-            slot.allowed = r.allowed.clone();
-            slot.closed_to = r.decision.evidence.filter(|_| r.decision.outcome == Outcome::Closure).map(|e| e.matched);
+        for d in &self.decisions {
+            let slot = &mut all[d.query];
+            slot.allowed = d.compared.clone();
+            slot.closed_to = d.evidence.filter(|_| d.outcome == Outcome::Closure).map(|e| e.matched);
         }
         all
     }

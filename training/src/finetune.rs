@@ -66,7 +66,8 @@ pub fn run(args: &Args) -> Result<()> {
     weights.spec.training_data = format!("ImageNet, then {} steps on the synthetic street of this project", args.steps);
     let start = weights.tensors.clone();
 
-    println!("before: {}", validate(&Model::new(weights.clone())?, args)?);
+    let before = Model::new(weights.clone())?;
+    println!("before: {}", validate(&before, args)?);
     let vars: BTreeMap<String, Var> = weights.tensors.iter().map(|(n, t)| Ok((n.clone(), Var::from_tensor(t)?))).collect::<Result<_>>()?;
     let net = MobileNetV2::new(weights.spec.padding, |name| {
         vars.get(name).map(|v| v.as_tensor().clone()).with_context(|| format!("no tensor {name}"))
@@ -79,7 +80,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (mut losses, began) = (Vec::new(), std::time::Instant::now());
     for step in 0..args.steps {
         optimiser.set_learning_rate(args.lr * 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / args.steps as f64).cos()));
-        let x = batch(&mut rng, args, &weights)?;
+        let x = batch(&mut rng, args, &before)?;
         let d = net.describe(&x, weights.spec.pooling, weights.spec.tap_norm)?;
         let loss = triplet(&d, args.places)?;
         let value = loss.to_scalar::<f32>()?;
@@ -108,8 +109,8 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// Half of the places of a batch are from one street (the hard negatives), each at least 15 m from
-/// the others; the rest from streets of their own. Rows: first all anchors, then all positives.
-fn batch(rng: &mut ChaCha8Rng, args: &Args, weights: &Weights) -> Result<Tensor> {
+/// the others; the rest from streets of their own. `model` is asked for its preprocessing only. Rows: first all anchors, then all positives.
+fn batch(rng: &mut ChaCha8Rng, args: &Args, model: &Model) -> Result<Tensor> {
     let street = TRAINING_WORLDS + rng.random_range(0..2000);
     let shared = World::new(street);
     let gap = shared.route.length() / args.places as f64;
@@ -130,7 +131,6 @@ fn batch(rng: &mut ChaCha8Rng, args: &Args, weights: &Weights) -> Result<Tensor>
     }
     let (w, h) = (args.size[0], args.size[1]);
     let renderer = renderer(w, h);
-    let model = Model::new(weights.clone())?;
     let images = views
         .par_iter()
         .map(|(seed, view)| {

@@ -113,7 +113,7 @@ fn skipped(done: &Finished, say: Say) {
 }
 
 fn false_closures(done: &Finished, n: usize, say: Say) {
-    let wrong: Vec<Evidence> = records(done, |outcome, verdict| outcome == Outcome::Closure && verdict == Some(Verdict::False));
+    let wrong: Vec<Evidence> = evidence_where(done, |outcome, verdict| outcome == Outcome::Closure && verdict == Some(Verdict::False));
     let similarity = wrong.iter().map(|e| f64::from(e.similarity.min(e.chain_similarity))).fold(f64::MIN, f64::max);
     let longest = wrong.iter().map(|e| e.consistent_count).max().unwrap_or(0);
     say(
@@ -125,26 +125,23 @@ fn false_closures(done: &Finished, n: usize, say: Say) {
     );
 }
 
-fn records(done: &Finished, keep: impl Fn(Outcome, Option<Verdict>) -> bool) -> Vec<Evidence> {
+fn evidence_where(done: &Finished, keep: impl Fn(Outcome, Option<Verdict>) -> bool) -> Vec<Evidence> {
     let verdict = |row: usize| done.scores.as_ref().map(|s| s.verdicts[row]);
-    done.run.records.iter().filter(|r| keep(r.decision.outcome, verdict(r.decision.query))).filter_map(|r| r.decision.evidence).collect()
+    done.run.decisions.iter().filter(|r| keep(r.outcome, verdict(r.query))).filter_map(|r| r.evidence).collect()
 }
 
 fn rejected(done: &Finished, say: Say) {
     let config = done.run.detector.config();
     let (d, threshold) = (&config.decision, done.run.detector.threshold());
     let known = done.scores.is_some();
-    let total = done.run.records.len();
+    let total = done.run.decisions.len();
     let missed = done.scores.as_ref().map_or(total, |s| s.possible - s.true_closures.min(s.possible));
     for reason in Reason::ALL {
         // With a truth only missed loops are a fault; without one every rejection may be.
         let outcome = Outcome::Rejected(reason);
-        let evidence = records(done, |o, v| o == outcome && (!known || v == Some(Verdict::Missed)));
-        let n = if reason == Reason::TooRecent {
-            done.run.records.iter().filter(|r| r.decision.outcome == outcome).count()
-        } else {
-            evidence.len()
-        };
+        let evidence = evidence_where(done, |o, v| o == outcome && (!known || v == Some(Verdict::Missed)));
+        let n =
+            if reason == Reason::TooRecent { done.run.decisions.iter().filter(|r| r.outcome == outcome).count() } else { evidence.len() };
         if reason == Reason::TooRecent {
             if n == total && total > 0 {
                 say(

@@ -141,8 +141,8 @@ fn similarity_curve(run: &Run, args: &RunArgs) -> PrCurve {
     for k in &mut keyframes {
         k.closed_to = None;
     }
-    for r in &run.records {
-        keyframes[r.decision.query].closed_to = r.decision.evidence.map(|e| e.matched);
+    for r in &run.decisions {
+        keyframes[r.query].closed_to = r.evidence.map(|e| e.matched);
     }
     let forced = score_run(&keyframes, args.truth_radius, args.truth_angle.to_radians());
     let nothing = score_run(
@@ -157,10 +157,10 @@ fn similarity_curve(run: &Run, args: &RunArgs) -> PrCurve {
         args.truth_angle.to_radians(),
     );
     let scored: Vec<Scored> = run
-        .records
+        .decisions
         .iter()
         .filter_map(|r| {
-            let (e, q) = (r.decision.evidence?, r.decision.query);
+            let (e, q) = (r.evidence?, r.query);
             let known = forced.verdicts[q] != Verdict::Unknown;
             known.then(|| Scored {
                 score: e.similarity,
@@ -191,19 +191,15 @@ impl Finished {
     }
 
     fn closures(&self) -> impl Iterator<Item = (usize, Evidence)> + '_ {
-        self.run
-            .records
-            .iter()
-            .filter(|r| r.decision.outcome == Outcome::Closure)
-            .filter_map(|r| Some((r.decision.query, r.decision.evidence?)))
+        self.run.decisions.iter().filter(|r| r.outcome == Outcome::Closure).filter_map(|r| Some((r.query, r.evidence?)))
     }
 
     /// Outcome or reason, and how often.
     pub fn reasons(&self) -> Vec<(String, u64)> {
         let mut counts = vec![("CLOSURE".to_string(), 0)];
         counts.extend(Reason::ALL.map(|r| (r.name().to_string(), 0)));
-        for r in &self.run.records {
-            let name = match r.decision.outcome {
+        for r in &self.run.decisions {
+            let name = match r.outcome {
                 Outcome::Closure => "CLOSURE",
                 Outcome::Rejected(reason) => reason.name(),
             };
@@ -273,9 +269,9 @@ impl Finished {
             "verdict",
         ])?;
         let keyframes = self.run.detector.map().keyframes();
-        for r in &self.run.records {
-            let (q, e) = (r.decision.query, r.decision.evidence);
-            let (decision, reason) = match r.decision.outcome {
+        for r in &self.run.decisions {
+            let (q, e) = (r.query, r.evidence);
+            let (decision, reason) = match r.outcome {
                 Outcome::Closure => ("ACCEPTED", "NONE"),
                 Outcome::Rejected(reason) => ("REJECTED", reason.name()),
             };
@@ -315,7 +311,7 @@ impl Finished {
             "settings": run.detector.config(),
             "similarity_threshold": run.detector.threshold(),
             "images": run.images,
-            "keyframes": run.records.len(),
+            "keyframes": run.decisions.len(),
             "map_keyframes": map.keyframes().len(),
             "closures": self.closures().count(),
             "outcomes": self.reasons().into_iter().collect::<BTreeMap<_, _>>(),
@@ -348,7 +344,7 @@ impl Finished {
             ("model", format!("{} ({})", self.model.identity().name, &self.model.identity().sha256[..12])),
             ("similarity threshold", format!("{:.4}", run.detector.threshold())),
             ("images", run.images.to_string()),
-            ("keyframes", run.records.len().to_string()),
+            ("keyframes", run.decisions.len().to_string()),
             ("settings", serde_json::to_string(run.detector.config())?),
         ];
         Ok(html(&ReportData {
@@ -372,12 +368,8 @@ impl Finished {
     fn pairs(&self) -> Result<(Vec<Pair>, Vec<Pair>)> {
         const SHOWN: usize = 6;
         let keyframes = self.run.detector.map().keyframes();
-        let all: Vec<(usize, Evidence, bool)> = self
-            .run
-            .records
-            .iter()
-            .filter_map(|r| Some((r.decision.query, r.decision.evidence?, r.decision.outcome == Outcome::Closure)))
-            .collect();
+        let all: Vec<(usize, Evidence, bool)> =
+            self.run.decisions.iter().filter_map(|r| Some((r.query, r.evidence?, r.outcome == Outcome::Closure))).collect();
         let rank = |(q, e, closed): &(usize, Evidence, bool)| {
             let group = match (self.verdict(*q), closed) {
                 (Some(Verdict::False), true) => 0,
@@ -416,7 +408,7 @@ impl Finished {
                 let _ = write!(caption, ", margin {m:.3}");
             }
             let _ = write!(caption, ", {} in a row", e.consistent_count);
-            let outcome = self.run.records.iter().find(|r| r.decision.query == *q).map(|r| r.decision.outcome);
+            let outcome = self.run.decisions.iter().find(|r| r.query == *q).map(|r| r.outcome);
             if let Some(Outcome::Rejected(reason)) = outcome {
                 let _ = write!(caption, "; rejected: {}", reason.name());
             }
@@ -473,7 +465,7 @@ pub fn print_summary(done: &Finished) {
     println!(
         "{} images, {} keyframes, {} closures (threshold {:.3})",
         run.images,
-        run.records.len(),
+        run.decisions.len(),
         done.closures().count(),
         run.detector.threshold()
     );
