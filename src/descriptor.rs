@@ -11,6 +11,13 @@ pub struct ModelIdentity {
     pub sha256: String,
 }
 
+impl std::fmt::Display for ModelIdentity {
+    /// The name and the first digits of the hash.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}` ({})", self.name, self.sha256.get(..12).unwrap_or(&self.sha256))
+    }
+}
+
 /// An L2-normalised global descriptor, f32. Its constructor enforces the norm.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Descriptor(Vec<f32>);

@@ -19,6 +19,7 @@
 //! let pixels = (0..320 * 240 * 3).map(|i| (i / 7 % 256) as u8).collect();
 //! let image = RgbImage::new(320, 240, pixels)?;
 //! let frame = Frame {
+//!     camera: String::new(),
 //!     stamp_ns: 0,
 //!     name: "first".into(),
 //!     descriptor: model.describe(&image)?,
@@ -42,6 +43,7 @@ pub mod eval;
 pub mod image;
 pub mod map;
 pub mod model;
+pub mod odometry;
 pub mod pickle;
 pub mod pipeline;
 pub mod replay;

@@ -6,11 +6,14 @@ use crate::error::Result;
 use crate::map::{Hit, Keyframe, Link, Map};
 use nalgebra::Isometry3;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// One described image.
 #[derive(Clone, Debug)]
 pub struct Frame {
+    /// Name of the camera; empty where there is but one.
+    pub camera: String,
     /// Header stamp, nanoseconds.
     pub stamp_ns: i64,
     /// File name or topic and stamp, for reports.
@@ -33,7 +36,7 @@ pub enum Skip {
     TooSoon,
     /// Nothing moved since the last keyframe: parked.
     Stationary,
-    /// Its stamp lies before the last keyframe's.
+    /// Its stamp lies before the last keyframe's, or more than an hour after the last image's.
     TimeJump,
 }
 
@@ -123,8 +126,16 @@ pub struct Evidence {
 /// The full account of one keyframe.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Its id in the map.
+    /// Its id in the map; where the map is only read, the id that it would have got.
     pub query: usize,
+    /// Whether it was added to the map.
+    pub added: bool,
+    /// Its session.
+    pub session: u32,
+    /// The nearest neighbours, best first, `search.top_k` at most.
+    pub hits: Vec<Hit>,
+    /// Whether this closes the search that [`LoopDetector::relocalize`] began.
+    pub relocalized: bool,
     /// Closure or reason.
     pub outcome: Outcome,
     /// `None` when nothing could be compared.
@@ -152,14 +163,15 @@ pub struct Advance {
 }
 
 impl Advance {
-    /// The least-squares line; `None` for fewer than three matches, through which any line would do.
-    fn of(hits: &[Hit]) -> Option<Self> {
-        if hits.len() < 3 {
+    /// The least-squares line through positions along a track; `None` for fewer than three, through
+    /// which any line would do.
+    fn of(positions: &[u32]) -> Option<Self> {
+        if positions.len() < 3 {
             return None;
         }
-        let n = hits.len() as f64;
-        let (mx, my) = ((n - 1.0) / 2.0, hits.iter().map(|h| h.row as f64).sum::<f64>() / n);
-        let centred = || hits.iter().enumerate().map(|(i, h)| (i as f64 - mx, h.row as f64 - my));
+        let n = positions.len() as f64;
+        let (mx, my) = ((n - 1.0) / 2.0, positions.iter().map(|p| f64::from(*p)).sum::<f64>() / n);
+        let centred = || positions.iter().enumerate().map(|(i, p)| (i as f64 - mx, f64::from(*p) - my));
         let pace = centred().map(|(x, y)| x * y).sum::<f64>() / centred().map(|(x, _)| x * x).sum::<f64>();
         let error = centred().map(|(x, y)| (y - pace * x).abs()).fold(0.0, f64::max);
         Some(Self { pace, error })
@@ -176,42 +188,130 @@ struct Pointer {
 }
 
 impl Pointer {
-    fn row(&self) -> usize {
-        self.hits.last().map_or(usize::MAX, |h| h.row)
+    fn row(&self) -> Option<usize> {
+        self.hits.last().map(|h| h.row)
     }
+}
+
+/// What is remembered of one camera from one frame to the next.
+#[derive(Clone, Debug, Default)]
+struct CameraState {
+    /// The last keyframe of this run.
+    last: Option<(Keyframe, Descriptor)>,
+    /// Where it pointed, with the length of each chain.
+    pointers: Vec<Pointer>,
+    /// Stamp of the last frame that did not jump.
+    seen_ns: Option<i64>,
+    /// Frames in a row whose stamp jumped.
+    jumps: usize,
 }
 
 /// Detects loops over a stream of frames. Deterministic: the same frames give the same decisions.
 #[derive(Debug)]
 pub struct LoopDetector {
     config: Config,
+    recommended: Option<f32>,
     threshold: f32,
     map: Map,
+    robot: u32,
     session: u32,
-    /// Row and descriptor of the last keyframe of this run.
-    last: Option<(usize, Descriptor)>,
-    /// Where the previous keyframe pointed, with the length of each chain.
-    pointers: Vec<Pointer>,
+    /// The map is only read.
+    localization_only: bool,
+    /// The next closure answers [`LoopDetector::relocalize`].
+    relocalizing: bool,
+    cameras: BTreeMap<String, CameraState>,
     last_closure_ns: Option<i64>,
-    /// Frames in a row with a stamp before the last keyframe's.
-    jumps: usize,
 }
 
-/// So many frames in a row from the past begin a new session.
+/// So many frames in a row whose stamp jumped begin a new session.
 const JUMPS: usize = 5;
+/// A gap between two frames above this is a jump: a clock that was set, or a stamp that is nonsense.
+const LONGEST_GAP_NS: i64 = 3_600_000_000_000;
 
 impl LoopDetector {
     /// Starts a session on `map`. `recommended` is the threshold of the model's header.
     ///
     /// Errors: a setting out of range.
     pub fn new(config: Config, map: Map, recommended: Option<f32>) -> Result<Self> {
-        config.validate()?;
-        let threshold = match config.decision.similarity_threshold {
-            t if t > -1.0 => t as f32,
-            _ => recommended.unwrap_or(FALLBACK_SIMILARITY_THRESHOLD as f32),
-        };
         let session = map.next_session();
-        Ok(Self { config, threshold, map, session, last: None, pointers: Vec::new(), last_closure_ns: None, jumps: 0 })
+        let mut detector = Self {
+            config: Config::default(),
+            recommended,
+            threshold: 0.0,
+            map,
+            robot: 0,
+            session,
+            localization_only: false,
+            relocalizing: false,
+            cameras: BTreeMap::new(),
+            last_closure_ns: None,
+        };
+        detector.set_config(config)?;
+        Ok(detector)
+    }
+
+    /// Takes new settings from the next frame on.
+    ///
+    /// Errors: a setting out of range; then nothing changes.
+    pub fn set_config(&mut self, config: Config) -> Result<()> {
+        config.validate()?;
+        self.threshold = match config.decision.similarity_threshold {
+            t if t > -1.0 => t as f32,
+            _ => self.recommended.unwrap_or(FALLBACK_SIMILARITY_THRESHOLD as f32),
+        };
+        self.config = config;
+        Ok(())
+    }
+
+    /// The number of this robot in the map's keyframes.
+    pub fn set_robot(&mut self, robot: u32) {
+        self.robot = robot;
+    }
+
+    /// With `true` places are looked up and none is added.
+    pub fn set_localization_only(&mut self, on: bool) {
+        self.localization_only = on;
+    }
+
+    /// Whether places are only looked up.
+    pub fn localization_only(&self) -> bool {
+        self.localization_only
+    }
+
+    /// The robot may be anywhere: forgets what led here, and takes all keyframes, those of a moment ago
+    /// too, as places to be found again. The next closure says that it answers this.
+    pub fn relocalize(&mut self) {
+        self.begin_session();
+        self.relocalizing = true;
+    }
+
+    /// Whether a relocalization is still sought.
+    pub fn relocalizing(&self) -> bool {
+        self.relocalizing
+    }
+
+    /// Puts another map in the place of this one and begins a session on it; the old one comes back.
+    pub fn replace_map(&mut self, map: Map) -> Map {
+        let old = std::mem::replace(&mut self.map, map);
+        self.begin_session();
+        old
+    }
+
+    /// Adds another map's keyframes as earlier sessions.
+    ///
+    /// Errors: another model; then nothing changes.
+    pub fn merge_map(&mut self, other: &Map) -> Result<()> {
+        self.map.merge(other, self.session + 1)
+    }
+
+    /// Keeps a small JPEG of a keyframe of the map.
+    pub fn set_thumbnail(&mut self, row: usize, jpeg: Vec<u8>) {
+        self.map.set_thumbnail(row, jpeg);
+    }
+
+    /// The best matches of a descriptor in the whole map; nothing is remembered.
+    pub fn query(&self, descriptor: &Descriptor, top_k: usize) -> Vec<Hit> {
+        self.map.index().search(descriptor, top_k, &[0..self.map.keyframes().len()])
     }
 
     /// The map with all that was added.
@@ -234,64 +334,86 @@ impl LoopDetector {
         self.session
     }
 
-    /// Takes one frame.
-    ///
-    /// Errors: a descriptor of another dimension than the map's; then nothing changes.
-    pub fn process(&mut self, frame: Frame) -> Result<Step> {
-        if let Some(skip) = self.skip(&frame) {
-            if !self.clock_was_set_back(skip) {
-                return Ok(Step::Skipped(skip));
-            }
-            self.begin_session();
-        } else {
-            self.jumps = 0;
-        }
-        let compared = self.outside_window(&frame);
-        let (hits, second) = self.search(&frame, &compared);
-        let best = hits.first().copied();
-        let pointers = self.follow(&hits);
-        let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
-        let outcome = self.decide(&frame, evidence.as_ref());
-        let query = self.remember(frame, evidence.as_ref(), outcome)?;
-        self.pointers = pointers;
-        Ok(Step::Keyframe(Decision { query, outcome, evidence, compared }))
-    }
-
-    fn skip(&self, frame: &Frame) -> Option<Skip> {
+    /// Whether a frame with this stamp would be skipped whatever it shows: known before it is described.
+    /// A pose that is not known yet is `None`.
+    pub fn skips(&self, camera: &str, stamp_ns: i64, odom_from_base: Option<&Isometry3<f64>>) -> Option<Skip> {
         let settings = &self.config.keyframe;
-        if frame.luma_std.is_nan() || f64::from(frame.luma_std) < settings.min_luma_std {
-            return Some(Skip::LowQuality);
-        }
-        let (row, descriptor) = self.last.as_ref()?;
-        let last = &self.map.keyframes()[*row];
-        let since = frame.stamp_ns.saturating_sub(last.stamp_ns);
-        if since < 0 {
+        let state = self.cameras.get(camera)?;
+        let (last, _) = state.last.as_ref()?;
+        let since = stamp_ns.saturating_sub(last.stamp_ns);
+        if since < 0 || stamp_ns.saturating_sub(state.seen_ns.unwrap_or(stamp_ns)) > LONGEST_GAP_NS {
             return Some(Skip::TimeJump);
         }
         if (since as f64) < settings.min_interval_s * 1e9 {
             return Some(Skip::TooSoon);
         }
-        let still = match (last.odom_from_base, frame.odom_from_base) {
-            (Some(a), Some(b)) => {
-                (a.translation.vector - b.translation.vector).norm() < settings.min_distance_m
-                    && a.rotation.angle_to(&b.rotation).to_degrees() < settings.min_rotation_deg
-            }
-            _ => 1.0 - f64::from(descriptor.similarity(&frame.descriptor)) < settings.min_descriptor_change,
-        };
+        let (a, b) = (last.odom_from_base.as_ref()?, odom_from_base?);
+        let still = (a.translation.vector - b.translation.vector).norm() < settings.min_distance_m
+            && a.rotation.angle_to(&b.rotation).to_degrees() < settings.min_rotation_deg;
         still.then_some(Skip::Stationary)
     }
 
-    /// One stamp in the past is a glitch; several in a row are a new clock, or a bag that began again.
-    fn clock_was_set_back(&mut self, skip: Skip) -> bool {
-        self.jumps = if skip == Skip::TimeJump { self.jumps + 1 } else { 0 };
-        self.jumps >= JUMPS
+    /// Takes note of a frame that [`Self::skips`] said is skipped, as [`Self::process`] would. `None`: the
+    /// clock was set, a session has begun, and the frame is wanted after all.
+    pub fn skip(&mut self, camera: &str, stamp_ns: i64, skip: Skip) -> Option<Skip> {
+        let state = self.cameras.entry(camera.to_string()).or_default();
+        if skip == Skip::TimeJump {
+            state.jumps += 1;
+            // One stamp out of line is a glitch; several in a row are a new clock, or a bag that began again.
+            if state.jumps >= JUMPS {
+                self.begin_session();
+                return None;
+            }
+        } else {
+            state.jumps = 0;
+            state.seen_ns = Some(stamp_ns);
+        }
+        Some(skip)
+    }
+
+    /// Takes one frame.
+    ///
+    /// Errors: a descriptor of another dimension than the map's; then nothing changes.
+    pub fn process(&mut self, frame: Frame) -> Result<Step> {
+        let early = self.skips(&frame.camera, frame.stamp_ns, frame.odom_from_base.as_ref());
+        if let Some(skip) = early.or_else(|| self.skips_for_its_looks(&frame)) {
+            if let Some(skip) = self.skip(&frame.camera, frame.stamp_ns, skip) {
+                return Ok(Step::Skipped(skip));
+            }
+            // After a jump the looks have not been asked yet.
+            if let Some(skip) = self.skips_for_its_looks(&frame) {
+                return Ok(Step::Skipped(skip));
+            }
+        }
+        let compared = self.outside_window(&frame);
+        let (hits, second) = self.search(&frame, &compared);
+        let best = hits.first().copied();
+        let pointers = self.follow(&frame.camera, &hits);
+        let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
+        let outcome = self.decide(&frame, evidence.as_ref());
+        let relocalized = self.relocalizing && outcome == Outcome::Closure;
+        let (query, added) = self.remember(frame, evidence.as_ref(), outcome, pointers)?;
+        Ok(Step::Keyframe(Decision { query, added, session: self.session, outcome, evidence, hits, compared, relocalized }))
+    }
+
+    fn skips_for_its_looks(&self, frame: &Frame) -> Option<Skip> {
+        let settings = &self.config.keyframe;
+        if frame.luma_std.is_nan() || f64::from(frame.luma_std) < settings.min_luma_std {
+            return Some(Skip::LowQuality);
+        }
+        let (last, descriptor) = self.cameras.get(&frame.camera)?.last.as_ref()?;
+        // Where both poses are known they have decided already.
+        let blind = last.odom_from_base.is_none() || frame.odom_from_base.is_none();
+        let still = 1.0 - f64::from(descriptor.similarity(&frame.descriptor)) < settings.min_descriptor_change;
+        (blind && still).then_some(Skip::Stationary)
     }
 
     /// What was mapped so far becomes an earlier session: its stamps do not compare with new ones.
     fn begin_session(&mut self) {
-        (self.session, self.jumps) = (self.map.next_session(), 0);
-        (self.last, self.last_closure_ns) = (None, None);
-        self.pointers.clear();
+        // A number is not used twice, even if nothing was added under it, or the map was replaced.
+        self.session = self.map.next_session().max(self.session + u32::from(!self.cameras.is_empty()));
+        self.last_closure_ns = None;
+        self.cameras.clear();
     }
 
     fn outside_window(&self, frame: &Frame) -> Vec<Range<usize>> {
@@ -319,10 +441,10 @@ impl LoopDetector {
 
     /// Where this keyframe points: the best hit of each stretch of the map, with the longest chain
     /// that leads there.
-    fn follow(&self, hits: &[Hit]) -> Vec<Pointer> {
+    fn follow(&self, camera: &str, hits: &[Hit]) -> Vec<Pointer> {
         let d = &self.config.decision;
-        let session = |row: usize| self.map.keyframes()[row].session;
-        let near = |a: usize, b: usize, n: usize| a.abs_diff(b) <= n && session(a) == session(b);
+        let near = |a: usize, b: usize, n: usize| self.map.place(a).near(self.map.place(b), n);
+        let led = self.cameras.get(camera).map_or(&[][..], |t| &t.pointers);
         let mut stretches: Vec<Hit> = Vec::new();
         for hit in hits {
             if stretches.len() == d.consistency_places {
@@ -333,7 +455,7 @@ impl LoopDetector {
             }
         }
         let extend = |hit: Hit| {
-            let before = self.pointers.iter().filter(|p| near(p.row(), hit.row, d.consistency_window));
+            let before = led.iter().filter(|p| p.row().is_some_and(|row| near(row, hit.row, d.consistency_window)));
             // The longest; the first (best) of equals.
             let before = before.reduce(|a, b| if b.count > a.count { b } else { a });
             let mut chain = before.map(|p| p.hits.clone()).unwrap_or_default();
@@ -348,8 +470,9 @@ impl LoopDetector {
     fn evidence(&self, frame: &Frame, best: Hit, second: Option<Hit>, pointers: &[Pointer]) -> Evidence {
         let matched = &self.map.keyframes()[best.row];
         let pose = matched.odom_from_base.filter(|_| matched.session == self.session);
-        let chain = pointers.iter().find(|p| p.row() == best.row);
+        let chain = pointers.iter().find(|p| p.row() == Some(best.row));
         let along = chain.map_or(&[][..], |p| &p.hits);
+        let positions: Vec<u32> = along.iter().map(|h| self.map.place(h.row).position).collect();
         let mean = along.iter().map(|h| f64::from(h.similarity)).sum::<f64>() / along.len().max(1) as f64;
         let distance = |(a, b): (Isometry3<f64>, Isometry3<f64>)| (a.translation.vector - b.translation.vector).norm();
         Evidence {
@@ -359,7 +482,7 @@ impl LoopDetector {
             margin: second.map(|s| best.similarity - s.similarity),
             consistent_count: chain.map_or(0, |p| p.count),
             chain_similarity: mean as f32,
-            advance: Advance::of(along).filter(|_| along.len() >= self.config.decision.min_consistent),
+            advance: Advance::of(&positions).filter(|_| along.len() >= self.config.decision.min_consistent),
             time_gap_s: frame.stamp_ns.saturating_sub(matched.stamp_ns) as f64 * 1e-9,
             odometry_distance_m: pose.zip(frame.odom_from_base).map(distance),
         }
@@ -390,16 +513,21 @@ impl LoopDetector {
         (d.min_pace..=d.max_pace).contains(&a.pace.abs()) && a.error <= d.max_pace_error
     }
 
-    fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome) -> Result<usize> {
-        let Frame { stamp_ns, name, descriptor, odom_from_base, .. } = frame;
-        let keyframe = Keyframe { session: self.session, stamp_ns, name, odom_from_base };
-        let query = self.map.push(keyframe, &descriptor)?;
+    fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome, pointers: Vec<Pointer>) -> Result<(usize, bool)> {
+        let Frame { camera, stamp_ns, name, descriptor, odom_from_base, .. } = frame;
+        let keyframe = Keyframe { robot: self.robot, session: self.session, camera, stamp_ns, name, odom_from_base };
+        let added = !self.localization_only;
+        let query = if added { self.map.push(keyframe.clone(), &descriptor)? } else { self.map.keyframes().len() };
         if let (Outcome::Closure, Some(e)) = (outcome, evidence) {
-            self.map.link(Link { query, matched: e.matched });
+            if added {
+                self.map.link(Link { query, matched: e.matched });
+            }
             self.last_closure_ns = Some(stamp_ns);
+            self.relocalizing = false;
         }
-        self.last = Some((query, descriptor));
-        Ok(query)
+        let state = self.cameras.entry(keyframe.camera.clone()).or_default();
+        *state = CameraState { last: Some((keyframe, descriptor)), pointers, seen_ns: Some(stamp_ns), jumps: 0 };
+        Ok((query, added))
     }
 }
 

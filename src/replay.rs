@@ -9,8 +9,8 @@ use crate::error::{read_file, Error, Result};
 use crate::eval::{KeyframeTruth, RunKeyframe};
 use crate::image::{Camera, RgbImage};
 use crate::model::Model;
+use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Outcome, Skip, Step};
-use nalgebra::Isometry3;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -44,31 +44,8 @@ impl Shot {
     }
 }
 
-/// Poses over time, `T_odom_base`.
-#[derive(Clone, Debug, Default)]
-pub struct Track(Vec<(i64, Isometry3<f64>)>);
-
-/// Odometry further away in time than this is not used.
-const ODOMETRY_SLACK_NS: i64 = 500_000_000;
 /// Truth further away in time than this is not used.
 const TRUTH_SLACK_NS: i64 = 1_000_000_000;
-
-impl Track {
-    /// The pose at `stamp_ns`, interpolated; `None` outside the track.
-    pub fn at(&self, stamp_ns: i64) -> Option<Isometry3<f64>> {
-        let after = self.0.partition_point(|(t, _)| *t < stamp_ns);
-        let near = |i: usize| self.0.get(i).filter(|(t, _)| t.abs_diff(stamp_ns) <= ODOMETRY_SLACK_NS as u64);
-        match (after.checked_sub(1).and_then(near), near(after)) {
-            (Some((ta, a)), Some((tb, b))) if tb > ta => {
-                let t = (stamp_ns - ta) as f64 / (tb - ta) as f64;
-                // Opposite rotations have no shortest way between them; the nearer pose serves.
-                Some(a.try_lerp_slerp(b, t, 1e-9).unwrap_or(if t < 0.5 { *a } else { *b }))
-            }
-            (Some((_, p)), _) | (None, Some((_, p))) => Some(*p),
-            (None, None) => None,
-        }
-    }
-}
 
 /// What a replay runs over.
 pub trait Sequence {
@@ -269,9 +246,8 @@ impl BagSequence {
         if bad > 0 {
             self.warnings.push(format!("{bad} pose or calibration message(s) did not decode and were left out"));
         }
-        track.sort_by_key(|(t, _)| *t);
         places.sort_by_key(|(t, _)| *t);
-        self.odometry = Track(track);
+        self.odometry = Track::new(track);
         places.into_iter().for_each(|(t, p)| self.truth.push(t, p));
         self.camera = camera;
         Ok(())
@@ -476,6 +452,7 @@ fn describe(shot: &Shot, model: &Model, camera: Option<&Camera>, odometry: &Trac
         image = image.undistort(camera).map_err(at)?;
     }
     Ok(Frame {
+        camera: String::new(),
         stamp_ns: shot.stamp_ns,
         name: shot.name.clone(),
         descriptor: model.describe(&image).map_err(at)?,

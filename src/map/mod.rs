@@ -10,15 +10,21 @@ pub use dot::{dot, scores};
 pub use index::{Hit, Index};
 
 use crate::descriptor::{Descriptor, ModelIdentity};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use nalgebra::Isometry3;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// One remembered place.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Keyframe {
+    /// Which robot saw it.
+    pub robot: u32,
     /// Which run added it, counting from 0.
     pub session: u32,
+    /// Name of the camera; empty where there is but one.
+    pub camera: String,
     /// Header stamp, nanoseconds.
     pub stamp_ns: i64,
     /// File name or topic, for reports.
@@ -43,6 +49,28 @@ pub struct Map {
     keyframes: Vec<Keyframe>,
     index: Index,
     links: Vec<Link>,
+    /// Where each row stands in its track.
+    places: Vec<Place>,
+    /// Number and length so far of the track of each session's cameras.
+    tracks: BTreeMap<(u32, String), Place>,
+    thumbnails: BTreeMap<usize, Vec<u8>>,
+}
+
+/// A position along a track: the keyframes of one camera in one session, in order. Neighbourhood is
+/// counted along tracks, whatever other cameras' rows lie between.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// Which track.
+    pub track: u32,
+    /// Keyframes of the track before this one.
+    pub position: u32,
+}
+
+impl Place {
+    /// Whether both are of one track and at most `radius` keyframes apart.
+    pub fn near(self, other: Self, radius: usize) -> bool {
+        self.track == other.track && self.position.abs_diff(other.position) as usize <= radius
+    }
 }
 
 impl Map {
@@ -81,8 +109,73 @@ impl Map {
     /// Errors: a descriptor of another dimension; then nothing is added.
     pub fn push(&mut self, keyframe: Keyframe, descriptor: &Descriptor) -> Result<usize> {
         self.index.push(descriptor)?;
+        let track = self.tracks.len() as u32;
+        let next = self.tracks.entry((keyframe.session, keyframe.camera.clone())).or_insert(Place { track, position: 0 });
+        self.places.push(*next);
+        next.position += 1;
         self.keyframes.push(keyframe);
         Ok(self.keyframes.len() - 1)
+    }
+
+    /// Adds all of `other`, its sessions numbered from `first` on, or behind this map's.
+    ///
+    /// Errors: another model; then nothing is added.
+    pub fn merge(&mut self, other: &Self, first: u32) -> Result<()> {
+        if self.model != other.model {
+            return Err(Error::map(format!(
+                "it was made with model {}, this one with {}; descriptors of two models do not compare",
+                other.model, self.model
+            )));
+        }
+        let (first, rows) = (first.max(self.next_session()), self.keyframes.len());
+        for (row, keyframe) in other.keyframes.iter().enumerate() {
+            let descriptor = Descriptor::new(other.index.row(row).to_vec())?;
+            self.push(Keyframe { session: first + keyframe.session, ..keyframe.clone() }, &descriptor)?;
+        }
+        self.links.extend(other.links.iter().map(|l| Link { query: l.query + rows, matched: l.matched + rows }));
+        self.thumbnails.extend(other.thumbnails.iter().map(|(row, jpeg)| (row + rows, jpeg.clone())));
+        Ok(())
+    }
+
+    /// A small JPEG of a keyframe, if it was kept.
+    pub fn thumbnail(&self, row: usize) -> Option<&[u8]> {
+        self.thumbnails.get(&row).map(Vec::as_slice)
+    }
+
+    /// Keeps a small JPEG of a keyframe.
+    pub fn set_thumbnail(&mut self, row: usize, jpeg: Vec<u8>) {
+        if row < self.keyframes.len() {
+            self.thumbnails.insert(row, jpeg);
+        }
+    }
+
+    /// Grows with every keyframe and closure: tells consumers that something changed.
+    pub fn revision(&self) -> u64 {
+        (self.keyframes.len() + self.links.len()) as u64
+    }
+
+    /// Tells maps apart: made of the model and the first keyframe, so it stays as the map grows.
+    pub fn id(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(&self.model.sha256);
+        if let Some(k) = self.keyframes.first() {
+            hash.update(k.robot.to_le_bytes());
+            hash.update(k.stamp_ns.to_le_bytes());
+            hash.update(&k.name);
+            self.index.row(0).iter().for_each(|v| hash.update(v.to_le_bytes()));
+        }
+        hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Where a row stands in its track.
+    pub fn place(&self, row: usize) -> Place {
+        self.places[row]
+    }
+
+    /// The place that the next keyframe of this session and camera would take.
+    pub fn next_place(&self, session: u32, camera: &str) -> Place {
+        let none = Place { track: self.tracks.len() as u32, position: 0 };
+        self.tracks.get(&(session, camera.to_string())).copied().unwrap_or(none)
     }
 
     /// Remembers an accepted closure.
@@ -91,13 +184,21 @@ impl Map {
     }
 
     /// The rows that a query of `session` at `stamp_ns` may match: every other session, and of its
-    /// own all but the last `keyframes` rows and those younger than `seconds`.
+    /// own those that are neither among the last `keyframes` of their camera nor younger than `seconds`.
     pub fn outside_window(&self, session: u32, stamp_ns: i64, seconds: f64, keyframes: usize) -> Vec<Range<usize>> {
         let window = (seconds * 1e9) as i64;
-        let own_end = self.keyframes.len().saturating_sub(keyframes);
+        // First position of each own track that is too recent by count.
+        let own: BTreeMap<u32, usize> = self
+            .tracks
+            .iter()
+            .filter(|((s, _), _)| *s == session)
+            .map(|(_, end)| (end.track, (end.position as usize).saturating_sub(keyframes)))
+            .collect();
         let mut ranges: Vec<Range<usize>> = Vec::new();
-        for (row, keyframe) in self.keyframes.iter().enumerate() {
-            let open = keyframe.session != session || (row < own_end && stamp_ns.saturating_sub(keyframe.stamp_ns) >= window);
+        for (row, (keyframe, place)) in self.keyframes.iter().zip(&self.places).enumerate() {
+            let open = keyframe.session != session
+                || ((place.position as usize) < own.get(&place.track).copied().unwrap_or(0)
+                    && stamp_ns.saturating_sub(keyframe.stamp_ns) >= window);
             if open {
                 match ranges.last_mut() {
                     Some(last) if last.end == row => last.end += 1,
@@ -108,10 +209,10 @@ impl Map {
         ranges
     }
 
-    /// Whether rows `a` and `b` show one place: at most `radius` rows apart in one session, or
+    /// Whether rows `a` and `b` show one place: at most `radius` keyframes apart along one track, or
     /// joined by an accepted closure whose ends are that near to them.
     pub fn same_place(&self, a: usize, b: usize, radius: usize) -> bool {
-        let near = |a: usize, b: usize| a.abs_diff(b) <= radius && self.keyframes[a].session == self.keyframes[b].session;
+        let near = |a: usize, b: usize| self.places[a].near(self.places[b], radius);
         near(a, b) || self.links.iter().any(|l| (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched)))
     }
 }
@@ -121,7 +222,12 @@ mod tests {
     use super::*;
 
     fn keyframe(session: u32, seconds: i64) -> Keyframe {
-        Keyframe { session, stamp_ns: seconds * 1_000_000_000, name: String::new(), odom_from_base: None }
+        of_camera(session, "", seconds)
+    }
+
+    fn of_camera(session: u32, camera: &str, seconds: i64) -> Keyframe {
+        let (stamp_ns, camera) = (seconds * 1_000_000_000, camera.into());
+        Keyframe { robot: 0, session, camera, stamp_ns, name: String::new(), odom_from_base: None }
     }
 
     fn map(keyframes: &[(u32, i64)]) -> Map {
@@ -152,5 +258,43 @@ mod tests {
         m.link(Link { query: 41, matched: 11 });
         assert!(m.same_place(10, 40, 5) && m.same_place(40, 10, 5));
         assert!(!m.same_place(10, 50, 5));
+    }
+
+    #[test]
+    fn neighbours_are_counted_along_a_camera_and_the_window_holds_for_all_of_them() {
+        let mut m = Map::new(ModelIdentity::default());
+        let d = Descriptor::new(vec![1.0, 0.0]).unwrap();
+        for i in 0..20 {
+            m.push(of_camera(0, ["front", "rear"][i % 2], i as i64), &d).unwrap();
+        }
+        assert!(m.same_place(0, 4, 2) && !m.same_place(0, 6, 2), "four rows are two keyframes");
+        assert!(!m.same_place(0, 1, 2), "the rear camera looks elsewhere");
+        assert_eq!(m.outside_window(0, 19_000_000_000, 0.0, 3), [0..14], "the last three of each camera");
+        assert_eq!(m.outside_window(0, 19_000_000_000, 10.0, 0), [0..10]);
+        assert_eq!(m.outside_window(1, 0, 1e9, 100), [0..20]);
+        assert_eq!(m.next_place(0, "rear"), Place { track: 1, position: 10 });
+    }
+
+    #[test]
+    fn merging_keeps_sessions_links_and_pictures_apart() {
+        let model = |name: &str| ModelIdentity { name: name.into(), sha256: String::new() };
+        let d = Descriptor::new(vec![1.0, 0.0]).unwrap();
+        let build = |name: &str| {
+            let mut m = Map::new(model(name));
+            (0..4).for_each(|i| assert_eq!(m.push(keyframe(i / 2, i.into()), &d).unwrap(), i as usize));
+            m.link(Link { query: 3, matched: 0 });
+            m.set_thumbnail(2, vec![7]);
+            m
+        };
+        let (mut a, b) = (build("m"), build("m"));
+        let id = a.id();
+        a.merge(&b, 0).unwrap();
+        assert_eq!(a.keyframes().iter().map(|k| k.session).collect::<Vec<_>>(), [0, 0, 1, 1, 2, 2, 3, 3]);
+        assert_eq!(a.links()[1], Link { query: 7, matched: 4 });
+        assert_eq!((a.thumbnail(6), a.thumbnail(3)), (Some(&[7u8][..]), None));
+        assert_eq!((a.id(), a.revision(), a.next_session()), (id, 10, 4));
+        let said = a.merge(&build("other"), 0).unwrap_err().to_string();
+        assert!(said.contains("`other`") && said.contains("`m`"), "{said}");
+        assert_eq!(a.keyframes().len(), 8);
     }
 }

@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 /// `PRAGMA application_id`: "SVPR".
 const APPLICATION_ID: i64 = 0x5356_5052;
 /// `PRAGMA user_version`: version of the tables below.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 const TABLES: &str = "
 CREATE TABLE model (name TEXT NOT NULL, sha256 TEXT NOT NULL);
 CREATE TABLE keyframe (
   id INTEGER PRIMARY KEY, session INTEGER NOT NULL, stamp_ns INTEGER NOT NULL, name TEXT NOT NULL,
-  x REAL, y REAL, z REAL, qx REAL, qy REAL, qz REAL, qw REAL, descriptor BLOB NOT NULL);
+  x REAL, y REAL, z REAL, qx REAL, qy REAL, qz REAL, qw REAL, descriptor BLOB NOT NULL,
+  robot INTEGER NOT NULL, camera TEXT NOT NULL, thumbnail BLOB);
 CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL);";
 
 impl Map {
@@ -40,7 +41,7 @@ impl Map {
         tx.execute_batch(TABLES)?;
         tx.execute("INSERT INTO model VALUES (?1, ?2)", params![self.model.name, self.model.sha256])?;
         {
-            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)")?;
+            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)")?;
             for (id, k) in self.keyframes.iter().enumerate() {
                 let pose = k.odom_from_base.map(|p| {
                     let (t, q) = (p.translation.vector, p.rotation.coords);
@@ -48,7 +49,23 @@ impl Map {
                 });
                 let at = |i: usize| pose.map(|p| p[i]);
                 let blob: Vec<u8> = self.index.row(id).iter().flat_map(|v| v.to_le_bytes()).collect();
-                insert.execute(params![id as i64, k.session, k.stamp_ns, k.name, at(0), at(1), at(2), at(3), at(4), at(5), at(6), blob])?;
+                insert.execute(params![
+                    id as i64,
+                    k.session,
+                    k.stamp_ns,
+                    k.name,
+                    at(0),
+                    at(1),
+                    at(2),
+                    at(3),
+                    at(4),
+                    at(5),
+                    at(6),
+                    blob,
+                    k.robot,
+                    k.camera,
+                    self.thumbnail(id)
+                ])?;
             }
             let mut insert = tx.prepare("INSERT INTO closure VALUES (?1, ?2)")?;
             for l in &self.links {
@@ -78,16 +95,13 @@ impl Map {
             return Err(Error::map("not a StructVPR map"));
         }
         let version = pragma("user_version")?;
-        if version != VERSION {
-            return Err(Error::map(format!("version {version}; this program reads version {VERSION}")));
+        if !(1..=VERSION).contains(&version) {
+            return Err(Error::map(format!("version {version}; this program reads versions 1 to {VERSION}")));
         }
         let found = db.query_row("SELECT name, sha256 FROM model", [], |r| Ok(ModelIdentity { name: r.get(0)?, sha256: r.get(1)? }))?;
         if &found != model {
-            let short = |m: &ModelIdentity| format!("`{}` ({})", m.name, m.sha256.get(..12).unwrap_or(&m.sha256));
             return Err(Error::map(format!(
-                "made with model {}, but the model in use is {}; descriptors of two models do not compare",
-                short(&found),
-                short(model)
+                "made with model {found}, but the model in use is {model}; descriptors of two models do not compare"
             )));
         }
         let mut map = Map::new(found);
@@ -114,8 +128,14 @@ impl Map {
             let blob: Vec<u8> = row.get(11)?;
             let values = blob.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
             let descriptor = Descriptor::new(values).map_err(|e| Error::map(format!("keyframe {id}: {e}")))?;
-            let keyframe = Keyframe { session: row.get(1)?, stamp_ns: row.get(2)?, name: row.get(3)?, odom_from_base };
-            map.push(keyframe, &descriptor)?;
+            // Version 1 knew one robot with one camera.
+            let (robot, camera, thumbnail) =
+                if version == 1 { (0, String::new(), None) } else { (row.get(12)?, row.get(13)?, row.get(14)?) };
+            let keyframe = Keyframe { robot, session: row.get(1)?, camera, stamp_ns: row.get(2)?, name: row.get(3)?, odom_from_base };
+            let id = map.push(keyframe, &descriptor)?;
+            if let Some(jpeg) = thumbnail {
+                map.set_thumbnail(id, jpeg);
+            }
         }
         let mut rows = db.prepare("SELECT query, matched FROM closure ORDER BY rowid")?;
         let mut rows = rows.query([])?;
@@ -140,8 +160,11 @@ mod tests {
         for i in 0..5u8 {
             let d = Descriptor::new(vec![1.0, f32::from(i), 0.5]).unwrap();
             let pose = (i % 2 == 0).then(|| Isometry3::translation(f64::from(i), 1.0, 2.0));
-            map.push(Keyframe { session: 0, stamp_ns: i64::from(i) * 7, name: format!("{i}.jpg"), odom_from_base: pose }, &d).unwrap();
+            let camera = ["front", "rear"][usize::from(i) % 2].to_string();
+            let (stamp_ns, name) = (i64::from(i) * 7, format!("{i}.jpg"));
+            map.push(Keyframe { robot: 3, session: 0, camera, stamp_ns, name, odom_from_base: pose }, &d).unwrap();
         }
+        map.set_thumbnail(3, vec![0xff, 0xd8]);
         map.link(Link { query: 4, matched: 1 });
         map
     }
@@ -154,6 +177,8 @@ mod tests {
         map.save(&a)?;
         let back = Map::load(&a, map.model())?;
         assert_eq!((back.keyframes(), back.links()), (map.keyframes(), map.links()));
+        assert_eq!((back.thumbnail(3), back.thumbnail(2)), (map.thumbnail(3), None));
+        assert_eq!(back.place(4), map.place(4));
         back.save(&b)?;
         back.save(&b)?;
         assert_eq!(std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap());
@@ -177,6 +202,24 @@ mod tests {
         check(map.model(), "not a StructVPR map");
         std::fs::remove_file(&path).unwrap();
         check(map.model(), "no such file");
+        Ok(())
+    }
+
+    #[test]
+    fn a_map_of_version_1_is_read() -> Result<()> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("old.map");
+        let map = sample();
+        map.save(&path)?;
+        let db = Connection::open(&path)?;
+        for column in ["robot", "camera", "thumbnail"] {
+            db.execute_batch(&format!("ALTER TABLE keyframe DROP COLUMN {column}"))?;
+        }
+        db.pragma_update(None, "user_version", 1)?;
+        drop(db);
+        let back = Map::load(&path, map.model())?;
+        assert_eq!(back.keyframes().len(), 5);
+        assert_eq!((back.keyframes()[3].robot, back.keyframes()[3].camera.as_str(), back.thumbnail(3)), (0, "", None));
         Ok(())
     }
 }

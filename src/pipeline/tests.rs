@@ -16,6 +16,7 @@ fn place(at: f64, noise: u64) -> Descriptor {
 
 fn frame(seconds: f64, at: f64) -> Frame {
     Frame {
+        camera: String::new(),
         stamp_ns: (seconds * 1e9) as i64,
         name: format!("{seconds}"),
         descriptor: place(at, (seconds * 1e3) as u64),
@@ -183,7 +184,7 @@ fn a_rival_below_the_top_k_is_found() {
 
 #[test]
 fn a_line_through_matches() {
-    let of = |rows: &[usize]| Advance::of(&rows.iter().map(|row| Hit { row: *row, similarity: 1.0 }).collect::<Vec<_>>());
+    let of = |positions: &[u32]| Advance::of(positions);
     assert_eq!(of(&[5, 6]), None);
     assert_eq!(of(&[5, 7, 9, 11]), Some(Advance { pace: 2.0, error: 0.0 }));
     let a = of(&[10, 10, 10, 13]).unwrap();
@@ -197,6 +198,109 @@ fn a_third_lap_is_no_less_certain_than_the_second() {
     let all = decisions(&mut d, (0..180).map(|i| frame(f64::from(i), f64::from(i % 60))));
     let closed = |range: std::ops::Range<usize>| all[range].iter().filter(|d| d.outcome == Outcome::Closure).count();
     assert!(closed(120..180) >= 55, "{} after {}", closed(120..180), closed(60..120));
+}
+
+#[test]
+fn a_stamp_far_ahead_is_a_jump_and_several_begin_a_session() {
+    let mut d = detector(|_| {});
+    decisions(&mut d, (0..30).map(|i| frame(f64::from(i), f64::from(i))));
+    // A driver's uninitialised stamp, once: nothing is spoilt.
+    assert_eq!(d.process(frame(4e9, 30.0)).unwrap(), Step::Skipped(Skip::TimeJump));
+    assert!(matches!(d.process(frame(30.0, 30.0)).unwrap(), Step::Keyframe(_)));
+    let all = decisions(&mut d, (0..20).map(|i| frame(1e6 + f64::from(i), f64::from(i))));
+    assert_eq!((all.len(), d.session()), (20 - JUMPS + 1, 1));
+    // Parked for a day with the camera running: no jump.
+    let mut d = detector(|_| {});
+    decisions(&mut d, [frame(0.0, 5.0)]);
+    (0..1440).for_each(|i| assert_eq!(d.process(frame(60.0 * f64::from(i + 1), 5.0)).unwrap(), Step::Skipped(Skip::Stationary)));
+    assert!(matches!(d.process(frame(86_460.0, 9.0)).unwrap(), Step::Keyframe(_)));
+}
+
+#[test]
+fn what_is_known_before_describing_agrees_with_what_is_decided_after() {
+    let at = |f: Frame, x: f64| Frame { odom_from_base: Some(Isometry3::translation(x, 0.0, 0.0)), ..f };
+    let frames = || (0..400).map(|i| at(frame(f64::from(i) * 0.04, f64::from(i) * 0.03), f64::from(i / 3) * 0.1));
+    let mut whole = detector(|_| {});
+    let want: Vec<Step> = frames().map(|f| whole.process(f).unwrap()).collect();
+    let mut early = detector(|_| {});
+    let got = frames().map(|f| match early.skips("", f.stamp_ns, f.odom_from_base.as_ref()) {
+        Some(skip) => early.skip("", f.stamp_ns, skip).map(Step::Skipped).unwrap_or_else(|| early.process(f).unwrap()),
+        None => early.process(f).unwrap(),
+    });
+    assert_eq!(got.collect::<Vec<_>>(), want);
+    assert!(want.iter().any(|s| *s == Step::Skipped(Skip::TooSoon)) && want.iter().any(|s| *s == Step::Skipped(Skip::Stationary)));
+}
+
+#[test]
+fn looking_up_adds_nothing_and_finds_the_same() {
+    let mut d = detector(|_| {});
+    decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));
+    let map = d.map().clone();
+    let second = || (0..60).map(|i| frame(1000.0 + f64::from(i), f64::from(i) + 0.3));
+    let run = |localization_only: bool| {
+        let mut d = LoopDetector::new(d.config().clone(), map.clone(), Some(0.8)).unwrap();
+        d.set_localization_only(localization_only);
+        let all = decisions(&mut d, second());
+        (
+            all.iter().map(|d| (d.outcome, d.evidence.map(|e| e.matched))).collect::<Vec<_>>(),
+            d.map().keyframes().len(),
+            d.map().links().len(),
+        )
+    };
+    let ((mapped, grown, _), (found, still, links)) = (run(false), run(true));
+    assert_eq!(mapped, found);
+    assert_eq!((grown, still, links), (120, 60, 0));
+}
+
+#[test]
+fn relocalization_looks_at_all_of_the_map_and_says_when_it_is_done() {
+    let mut d = detector(|c| c.search.exclusion_s = 1e4);
+    decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));
+    // Carried back to the start, within the exclusion window of its own session.
+    d.relocalize();
+    let all = decisions(&mut d, (0..30).map(|i| frame(61.0 + f64::from(i), 5.0 + f64::from(i))));
+    let done: Vec<usize> = all.iter().enumerate().filter(|(_, d)| d.relocalized).map(|(i, _)| i).collect();
+    assert_eq!(done, [2], "the first closure, once a chain of three stands");
+    assert!(!d.relocalizing() && all[2].evidence.unwrap().matched.abs_diff(7) <= 1);
+    assert!(all[3..].iter().all(|d| d.outcome == Outcome::Closure));
+}
+
+#[test]
+fn two_cameras_share_a_map_and_not_a_chain() {
+    let mut d = detector(|_| {});
+    let of = |camera: &str, f: Frame| Frame { camera: camera.into(), ..f };
+    // The rear camera sees the other half of the ring.
+    let lap = |t: f64| {
+        (0..25).flat_map(move |i| {
+            let (t, i) = (t + f64::from(i), f64::from(i));
+            [of("front", frame(t, i)), of("rear", frame(t, 32.0 + i * 0.9))]
+        })
+    };
+    let first = decisions(&mut d, lap(0.0));
+    let second = decisions(&mut d, lap(1000.0));
+    assert_eq!(first.len() + second.len(), 100);
+    for (i, s) in second.iter().enumerate().skip(6) {
+        let camera = &d.map().keyframes()[s.query].camera;
+        let e = s.evidence.unwrap();
+        assert_eq!(s.outcome, Outcome::Closure, "{i} {s:?}");
+        assert_eq!(&d.map().keyframes()[e.matched].camera, camera);
+        assert!((e.advance.unwrap().pace - 1.0).abs() < 0.6, "counted along its own camera: {e:?}");
+    }
+}
+
+#[test]
+fn settings_change_while_running_or_not_at_all() {
+    let mut d = detector(|_| {});
+    decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));
+    let mut strict = d.config().clone();
+    strict.decision.similarity_threshold = 0.9999;
+    d.set_config(strict.clone()).unwrap();
+    assert_eq!(d.threshold(), 0.9999);
+    assert!(decisions(&mut d, (0..20).map(|i| frame(100.0 + f64::from(i), f64::from(i)))).iter().all(|d| d.outcome != Outcome::Closure));
+    let mut wrong = strict.clone();
+    wrong.search.top_k = 0;
+    assert!(d.set_config(wrong).is_err());
+    assert_eq!(d.config(), &strict);
 }
 
 proptest! {

@@ -18,7 +18,9 @@ fn sources(dir: &Path) -> Vec<(PathBuf, String)> {
 }
 
 /// Lower layers first; each may use itself and those before it.
-const LAYERS: [&str; 12] = ["error", "simd", "pickle", "image", "config", "map", "model", "pipeline", "eval", "dataset", "bag", "replay"];
+const LAYERS: [&str; 15] = [
+    "error", "simd", "pickle", "odometry", "image", "config", "map", "model", "pipeline", "eval", "dataset", "bag", "replay", "live", "ros",
+];
 
 #[test]
 fn no_layer_uses_one_above_it() {

@@ -1,0 +1,169 @@
+//! Settings of the ROS 2 node that the offline tools do not need: topics, queues, files, what to publish.
+
+use super::setting::{section, Kind, Section, Setting};
+use serde::{Deserialize, Serialize};
+
+section! {
+    /// What the node listens to.
+    InputConfig {
+        /// Names of the cameras. With one, its topics are `image` and `camera_info`; with several,
+        /// `NAME/image` and `NAME/camera_info`. Remap them to your driver's.
+        cameras: Vec<String> = ["camera".to_string()], Kind::Names, restart;
+        /// `raw` subscribes `image` (sensor_msgs/Image), `compressed` `image/compressed`
+        /// (sensor_msgs/CompressedImage, JPEG or PNG).
+        image_transport: String = "raw", Kind::Choice(&["raw", "compressed"]), restart;
+        /// Remove lens distortion with `camera_info` before describing; images before the first
+        /// `camera_info` are dropped.
+        undistort: bool = false, Kind::Flag, restart;
+        /// Listen to `odom` (nav_msgs/Odometry): gates by distance, nothing added while parked.
+        odometry: bool = true, Kind::Flag, restart;
+        /// Where odometry arrives: how long an image waits for the pose after it, seconds. The wait
+        /// passes while the image is described.
+        odometry_wait_s: f64 = 0.1, Kind::Real(0.0, 10.0), live;
+        /// Images that wait per camera; when one more comes the oldest is dropped, and counted.
+        queue_depth: usize = 4usize, Kind::Count(1, 1000), live;
+        /// After so long without an image the log and the diagnostics say why, seconds.
+        no_image_s: f64 = 3.0, Kind::Real(0.1, 3600.0), live;
+    }
+}
+
+section! {
+    /// The descriptor model.
+    ModelConfig {
+        /// Weight file; empty: the shipped one.
+        file: String = "", Kind::Text, restart;
+        /// Threads of the model; 0: all cores.
+        threads: usize = 0usize, Kind::Count(0, 1024), restart;
+    }
+}
+
+section! {
+    /// The map and its file.
+    MapConfig {
+        /// Loaded at start if it is there, saved every `autosave_s` and at the end; empty: the map
+        /// lives in memory only, unless `~/save_map` is called.
+        file: String = "", Kind::Text, restart;
+        /// Time between two saves, seconds; 0: only at the end.
+        autosave_s: f64 = 30.0, Kind::Real(0.0, 86400.0), live;
+        /// Width of the small JPEG kept of each keyframe for `~/match_image`, pixels; 0: none.
+        thumbnail_width: usize = 240usize, Kind::Count(0, 4096), live;
+        /// Look places up without adding any.
+        localization_only: bool = false, Kind::Flag, live;
+        /// Number of this robot, in every message and in the map.
+        robot_id: usize = 0usize, Kind::Count(0, 4_294_967_295), restart;
+    }
+}
+
+section! {
+    /// What the node says.
+    PublishConfig {
+        /// Matches per keyframe in `~/candidates`, best first.
+        max_candidates: usize = 5usize, Kind::Count(1, 1000), live;
+        /// Publish `~/keyframe_descriptor`.
+        descriptors: bool = false, Kind::Flag, live;
+        /// Publish `~/markers`, which need odometry.
+        markers: bool = true, Kind::Flag, live;
+        /// Frame of poses of earlier sessions, whose odometry frame is not this one's.
+        map_frame: String = "map", Kind::Text, live;
+        /// How far from the match a recognised place may be, standard deviation, metres: the
+        /// covariance of `~/match_pose`.
+        place_sigma_m: f64 = 5.0, Kind::Real(0.001, 10000.0), live;
+        /// And how far it may be turned, degrees.
+        place_sigma_deg: f64 = 20.0, Kind::Real(0.001, 360.0), live;
+        /// Time between two messages on `/diagnostics`, seconds.
+        diagnostics_period_s: f64 = 1.0, Kind::Real(0.1, 3600.0), restart;
+    }
+}
+
+/// Quality of service of one topic.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TopicQos {
+    /// `reliable` or `best_effort`.
+    pub reliability: String,
+    /// Messages kept.
+    pub depth: usize,
+    /// `volatile` or `transient_local`.
+    pub durability: String,
+}
+
+impl Section for TopicQos {
+    fn table() -> Vec<Setting> {
+        let row = |name: &str, kind, doc: &str| Setting { name: name.into(), kind, doc: doc.into(), live: false };
+        vec![
+            row(
+                "reliability",
+                Kind::Choice(&["reliable", "best_effort"]),
+                "A best-effort publisher is not heard by a reliable subscriber.",
+            ),
+            row("depth", Kind::Count(1, 10_000), "Messages that the middleware keeps."),
+            row(
+                "durability",
+                Kind::Choice(&["volatile", "transient_local"]),
+                "A volatile publisher is not heard by a transient-local subscriber.",
+            ),
+        ]
+    }
+
+    fn field(&mut self, name: &str) -> Option<&mut dyn super::setting::Field> {
+        match name {
+            "reliability" => Some(&mut self.reliability),
+            "depth" => Some(&mut self.depth),
+            "durability" => Some(&mut self.durability),
+            _ => None,
+        }
+    }
+}
+
+macro_rules! topics {
+    ($( $(#[doc = $doc:literal])+ $topic:ident = $reliability:literal, $depth:literal, $durability:literal; )+) => {
+        /// Quality of service per topic.
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct QosConfig {
+            $( $(#[doc = $doc])+ pub $topic: TopicQos, )+
+        }
+
+        impl Default for QosConfig {
+            fn default() -> Self {
+                Self { $( $topic: TopicQos { reliability: $reliability.into(), depth: $depth, durability: $durability.into() }, )+ }
+            }
+        }
+
+        impl QosConfig {
+            /// Names of the topics, in order.
+            pub const TOPICS: &'static [&'static str] = &[$( stringify!($topic) ),+];
+
+            /// One topic's, by name.
+            pub fn topic(&mut self, name: &str) -> Option<&mut TopicQos> {
+                match name {
+                    $( stringify!($topic) => Some(&mut self.$topic), )+
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+topics! {
+    /// In: `image`, `image/compressed`; REP-2003's sensor data.
+    image = "best_effort", 5, "volatile";
+    /// In: `camera_info`.
+    camera_info = "best_effort", 5, "volatile";
+    /// In: `odom`.
+    odom = "best_effort", 200, "volatile";
+    /// Out.
+    candidates = "reliable", 100, "volatile";
+    /// Out.
+    keyframe_descriptor = "reliable", 100, "volatile";
+    /// Out.
+    match_stamps = "reliable", 100, "volatile";
+    /// Out.
+    match_pose = "reliable", 100, "volatile";
+    /// Out, where `pose_graph_tools_msgs` was there when the node was built.
+    pose_graph = "reliable", 100, "volatile";
+    /// Out; a viewer that starts late sees the last.
+    markers = "reliable", 1, "transient_local";
+    /// Out.
+    match_image = "best_effort", 5, "volatile";
+}
