@@ -208,6 +208,13 @@ impl RgbImage {
         self.encode(".jpg", &[imgcodecs::IMWRITE_JPEG_QUALITY, quality])
     }
 
+    /// A small JPEG, `width` columns wide at most.
+    pub fn thumbnail(&self, width: u32) -> Result<Vec<u8>> {
+        let width = width.clamp(1, self.width);
+        let height = (u64::from(self.height) * u64::from(width)).div_ceil(u64::from(self.width)).max(1);
+        self.resize_area(width, height as u32)?.to_jpeg(75)
+    }
+
     /// PNG, lossless.
     pub fn to_png(&self) -> Result<Vec<u8>> {
         self.encode(".png", &[])

@@ -41,12 +41,15 @@ pub mod descriptor;
 pub mod error;
 pub mod eval;
 pub mod image;
+pub mod live;
 pub mod map;
 pub mod model;
 pub mod odometry;
 pub mod pickle;
 pub mod pipeline;
 pub mod replay;
+#[cfg(feature = "ros")]
+pub mod ros;
 pub mod simd;
 
 #[cfg(test)]

@@ -309,9 +309,10 @@ impl LoopDetector {
         self.map.set_thumbnail(row, jpeg);
     }
 
-    /// The best matches of a descriptor in the whole map; nothing is remembered.
-    pub fn query(&self, descriptor: &Descriptor, top_k: usize) -> Vec<Hit> {
-        self.map.index().search(descriptor, top_k, &[0..self.map.keyframes().len()])
+    /// The best `top_k` matches of a descriptor in the whole map, and the best of any other place than
+    /// the first; nothing is remembered.
+    pub fn query(&self, descriptor: &Descriptor, top_k: usize) -> (Vec<Hit>, Option<Hit>) {
+        self.search(descriptor, top_k, &[0..self.map.keyframes().len()])
     }
 
     /// The map with all that was added.
@@ -386,7 +387,7 @@ impl LoopDetector {
             }
         }
         let compared = self.outside_window(&frame);
-        let (hits, second) = self.search(&frame, &compared);
+        let (hits, second) = self.search(&frame.descriptor, self.config.search.top_k, &compared);
         let best = hits.first().copied();
         let pointers = self.follow(&frame.camera, &hits);
         let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
@@ -423,11 +424,11 @@ impl LoopDetector {
 
     /// The best hits among `rows`, and the best one that is another place than the
     /// first: neighbouring hits, and those that closures join, are one.
-    fn search(&self, frame: &Frame, rows: &[Range<usize>]) -> (Vec<Hit>, Option<Hit>) {
-        let (top_k, radius) = (self.config.search.top_k, self.config.decision.place_radius);
+    fn search(&self, descriptor: &Descriptor, top_k: usize, rows: &[Range<usize>]) -> (Vec<Hit>, Option<Hit>) {
+        let radius = self.config.decision.place_radius;
         let mut k = top_k;
         loop {
-            let mut hits = self.map.index().search(&frame.descriptor, k, rows);
+            let mut hits = self.map.index().search(descriptor, k, rows);
             let best = hits.first().map(|h| h.row);
             let second = best.and_then(|b| hits.iter().find(|h| !self.map.same_place(b, h.row, radius)).copied());
             // Where one place fills the list (a dense map, many laps) the rival lies further down.

@@ -25,6 +25,11 @@ impl Header {
     }
 }
 
+/// The stamp of a message that begins with a header, without reading the rest.
+pub fn stamp_of(bytes: &[u8]) -> Result<i64> {
+    Header::read(&mut Reader::new(bytes)?).map(|h| h.stamp_ns)
+}
+
 /// A message that we can read and write.
 pub trait Message: Sized {
     /// `package/msg/Name`.

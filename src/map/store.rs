@@ -20,9 +20,20 @@ CREATE TABLE keyframe (
   robot INTEGER NOT NULL, camera TEXT NOT NULL, thumbnail BLOB);
 CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL);";
 
+fn is_map(path: &Path) -> bool {
+    let id = || {
+        Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?.query_row("PRAGMA application_id", [], |r| r.get::<_, i64>(0))
+    };
+    id().is_ok_and(|id| id == APPLICATION_ID)
+}
+
 impl Map {
-    /// Writes the map to `path`; the file there before stays whole if this fails.
+    /// Writes the map to `path`; the file there before stays whole if this fails. A file that is no map
+    /// is not overwritten.
     pub fn save(&self, path: &Path) -> Result<()> {
+        if path.exists() && !is_map(path) {
+            return Err(Error::map("the file exists and is not a StructVPR map; it is not overwritten").at(path));
+        }
         let mut temporary = path.as_os_str().to_owned();
         temporary.push(".tmp");
         let temporary = PathBuf::from(temporary);
@@ -200,6 +211,8 @@ mod tests {
         check(map.model(), "version 99");
         std::fs::write(&path, b"hello").unwrap();
         check(map.model(), "not a StructVPR map");
+        let said = map.save(&path).unwrap_err().to_string();
+        assert!(said.contains("not overwritten") && std::fs::read(&path).unwrap() == b"hello", "{said}");
         std::fs::remove_file(&path).unwrap();
         check(map.model(), "no such file");
         Ok(())

@@ -1,0 +1,785 @@
+//! The node without its middleware: messages as bytes in, decisions out. `src/ros` connects it to topics.
+//!
+//! One thread works ([`Engine::work`]); everything else only queues, asks or steers. What a bag gives
+//! live is what `structvpr replay` gives for it, as long as nothing is dropped: the same readers, the same
+//! detector, the pose at the image's stamp.
+
+pub mod candidate;
+pub mod inbox;
+pub mod picture;
+pub mod qos;
+pub mod stats;
+
+use crate::bag::messages::{stamp_of, CameraInfo, CompressedImage, Header, Image, Message, Odometry};
+use crate::config::{Config, Settings};
+use crate::descriptor::Descriptor;
+use crate::error::{read_file, Error, Result};
+use crate::image::{Camera, RgbImage};
+use crate::map::Map;
+use crate::model::Model;
+use crate::odometry::Track;
+use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
+use candidate::{Asking, Candidate, Standing, Why};
+use inbox::{Inbox, Level};
+use nalgebra::Isometry3;
+use sha2::{Digest, Sha256};
+use stats::{Rate, Stats, Timings};
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Odometry is kept so long.
+const ODOMETRY_KEPT_NS: i64 = 60_000_000_000;
+/// Odometry that has been silent for so long is not waited for.
+const ODOMETRY_SILENT: Duration = Duration::from_secs(1);
+/// Refused edges that a viewer is shown.
+const REFUSED_KEPT: usize = 50;
+/// So many images wait for odometry before it is taken that there is none.
+const FIRST_WAITS: u64 = 3;
+
+/// An image message as it came.
+#[derive(Debug)]
+pub struct Arrival {
+    /// When.
+    pub at: Instant,
+    /// CDR of `sensor_msgs/Image` or `CompressedImage`.
+    pub bytes: Vec<u8>,
+}
+
+/// A keyframe with all that is to be published of it.
+#[derive(Debug)]
+pub struct Keyed {
+    /// Which camera.
+    pub camera: usize,
+    /// Of the image.
+    pub header: Header,
+    /// What was decided.
+    pub decision: Decision,
+    /// Best first.
+    pub candidates: Vec<Candidate>,
+    /// Of the image.
+    pub descriptor: Descriptor,
+    /// `T_odom_base` at the stamp.
+    pub odom_from_base: Option<Isometry3<f64>>,
+    /// `T_frame_base` of the first candidate, where it is known.
+    pub match_pose: Option<Isometry3<f64>>,
+    /// Decoded.
+    pub image: RgbImage,
+    /// Names the map.
+    pub map_id: String,
+    /// Its state.
+    pub map_revision: u64,
+    /// `total` is still open.
+    pub timings: Timings,
+    arrived: Instant,
+    generation: u64,
+}
+
+impl Keyed {
+    /// From arrival to now, milliseconds.
+    pub fn age_ms(&self) -> f32 {
+        ms(self.arrived)
+    }
+}
+
+fn ms(since: Instant) -> f32 {
+    since.elapsed().as_secs_f32() * 1e3
+}
+
+/// A thread that panicked has been reported; what it held is whole, since all changes are single calls.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[derive(Debug, Default)]
+struct CameraState {
+    calibration: Option<Camera>,
+    rate: Rate,
+    last: Option<Instant>,
+    received: u64,
+}
+
+#[derive(Debug, Default)]
+struct OdometryState {
+    track: Track,
+    last: Option<Instant>,
+    frame_id: String,
+    waits: u64,
+}
+
+#[derive(Debug)]
+struct Storage {
+    /// Where the map is saved; none: in memory only.
+    path: Option<PathBuf>,
+    saved_revision: u64,
+    error: Option<String>,
+}
+
+/// How one camera fares.
+#[derive(Clone, Debug)]
+pub struct CameraReport {
+    /// Its name.
+    pub name: String,
+    /// Images per second, lately.
+    pub rate_hz: f64,
+    /// Images so far.
+    pub received: u64,
+    /// Time since the last.
+    pub silent: Option<Duration>,
+    /// Its queue.
+    pub level: Level,
+    /// Whether a `camera_info` has come.
+    pub calibrated: bool,
+}
+
+/// How the map fares.
+#[derive(Clone, Debug)]
+pub struct MapReport {
+    /// Names it.
+    pub id: String,
+    /// Its state.
+    pub revision: u64,
+    /// Keyframes in it.
+    pub keyframes: usize,
+    /// Closures in it.
+    pub closures: usize,
+    /// The session that runs.
+    pub session: u32,
+    /// Its file.
+    pub file: Option<PathBuf>,
+    /// Whether all of it is in the file.
+    pub saved: bool,
+    /// Why the last save failed.
+    pub error: Option<String>,
+    /// Whether it is only read.
+    pub localization_only: bool,
+    /// Whether a relocalization is sought.
+    pub relocalizing: bool,
+}
+
+/// A position in the odometry frame, metres.
+pub type Point = [f64; 3];
+
+fn point(pose: &Isometry3<f64>) -> Point {
+    pose.translation.vector.into()
+}
+
+/// What a viewer shows of the running session.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Scene {
+    /// Keyframes.
+    pub nodes: Vec<Point>,
+    /// Closures.
+    pub accepted: Vec<(Point, Point)>,
+    /// The last matches that were alike and yet refused.
+    pub refused: Vec<(Point, Point)>,
+}
+
+/// The node without its middleware.
+#[derive(Debug)]
+pub struct Engine {
+    model: Model,
+    names: Vec<String>,
+    compressed: bool,
+    undistort: bool,
+    robot: u32,
+    start: Instant,
+    /// Images that wait.
+    pub inbox: Inbox<Arrival>,
+    cameras: Vec<Mutex<CameraState>>,
+    detector: Mutex<LoopDetector>,
+    odometry: Mutex<OdometryState>,
+    odometry_came: Condvar,
+    settings: Mutex<Settings>,
+    stats: Mutex<Stats>,
+    /// Held while the map is written or replaced; taken before `storage`, which is taken before `detector`.
+    saving: Mutex<()>,
+    storage: Mutex<Storage>,
+    /// Edges that were refused although alike, in this session, newest last.
+    refused: Mutex<VecDeque<(Point, Point)>>,
+    /// Counts maps: a row number belongs to one.
+    generation: AtomicU64,
+    paused: AtomicBool,
+    stopping: AtomicBool,
+}
+
+impl Engine {
+    /// Loads model and map.
+    ///
+    /// Errors: a setting out of range, a weight file or a map that cannot be used, a map file that could
+    /// not be written later; each names the file.
+    pub fn new(settings: Settings) -> Result<Self> {
+        settings.validate()?;
+        let model = match settings.model.file.as_str() {
+            "" => Model::shipped()?,
+            file => Model::from_bytes(&read_file(Path::new(file))?).map_err(|e| e.at(Path::new(file)))?,
+        };
+        let path = (!settings.map.file.is_empty()).then(|| PathBuf::from(&settings.map.file));
+        let map = match &path {
+            Some(path) if path.exists() => Map::load(path, model.identity())?,
+            _ => Map::new(model.identity().clone()),
+        };
+        if let Some(path) = &path {
+            check_writable(path)?;
+        }
+        let saved_revision = map.revision();
+        let mut detector = LoopDetector::new(settings.detector(), map, model.spec().similarity_threshold)?;
+        // validate() has checked the range.
+        let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
+        detector.set_robot(robot);
+        detector.set_localization_only(settings.map.localization_only);
+        // With one camera the map does not tell cameras apart, as offline.
+        let names = settings.input.cameras.clone();
+        Ok(Self {
+            model,
+            compressed: settings.input.image_transport == "compressed",
+            undistort: settings.input.undistort,
+            robot,
+            start: Instant::now(),
+            inbox: Inbox::new(names.len(), settings.input.queue_depth),
+            cameras: names.iter().map(|_| Mutex::default()).collect(),
+            names,
+            detector: Mutex::new(detector),
+            odometry: Mutex::default(),
+            odometry_came: Condvar::new(),
+            settings: Mutex::new(settings),
+            stats: Mutex::default(),
+            saving: Mutex::default(),
+            refused: Mutex::default(),
+            storage: Mutex::new(Storage { path, saved_revision, error: None }),
+            generation: AtomicU64::new(0),
+            paused: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// The model in use.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Names of the cameras.
+    pub fn cameras(&self) -> &[String] {
+        &self.names
+    }
+
+    /// Whether images come as JPEG or PNG.
+    pub fn compressed(&self) -> bool {
+        self.compressed
+    }
+
+    /// The number of this robot.
+    pub fn robot(&self) -> u32 {
+        self.robot
+    }
+
+    /// A copy of the settings in use.
+    pub fn settings(&self) -> Settings {
+        lock(&self.settings).clone()
+    }
+
+    /// Of the detector's settings: equal hashes decide alike.
+    pub fn config_hash(&self) -> String {
+        config_hash(lock(&self.detector).config())
+    }
+
+    /// Takes new settings, of which those that want a restart are as they were.
+    ///
+    /// Errors: a setting out of range; then nothing changes.
+    pub fn apply(&self, new: Settings) -> Result<()> {
+        new.validate()?;
+        {
+            let mut detector = lock(&self.detector);
+            detector.set_config(new.detector())?;
+            detector.set_localization_only(new.map.localization_only);
+        }
+        self.inbox.set_depth(new.input.queue_depth);
+        *lock(&self.settings) = new;
+        Ok(())
+    }
+
+    /// An image has come.
+    pub fn image(&self, camera: usize, bytes: Vec<u8>) {
+        let at = Instant::now();
+        {
+            let mut state = lock(&self.cameras[camera]);
+            state.rate.add(at);
+            state.last = Some(at);
+            state.received += 1;
+        }
+        if self.paused.load(Ordering::Relaxed) {
+            lock(&self.stats).paused += 1;
+        } else {
+            self.inbox.push(camera, Arrival { at, bytes });
+        }
+    }
+
+    /// A `sensor_msgs/CameraInfo` has come.
+    ///
+    /// Errors: it does not decode.
+    pub fn camera_info(&self, camera: usize, bytes: &[u8]) -> Result<()> {
+        let calibration = CameraInfo::decode(bytes)?.camera;
+        lock(&self.cameras[camera]).calibration = Some(calibration);
+        Ok(())
+    }
+
+    /// A `nav_msgs/Odometry` has come.
+    ///
+    /// Errors: it does not decode.
+    pub fn odometry(&self, bytes: &[u8]) -> Result<()> {
+        let m = Odometry::decode(bytes)?;
+        let mut odometry = lock(&self.odometry);
+        odometry.track.push(m.header.stamp_ns, m.pose, ODOMETRY_KEPT_NS);
+        odometry.last = Some(Instant::now());
+        if odometry.frame_id != m.header.frame_id {
+            odometry.frame_id = m.header.frame_id;
+        }
+        drop(odometry);
+        self.odometry_came.notify_all();
+        Ok(())
+    }
+
+    /// Name of the odometry frame; empty before the first message.
+    pub fn odometry_frame(&self) -> String {
+        lock(&self.odometry).frame_id.clone()
+    }
+
+    /// Handles images until [`Self::stop`]; `publish` is called for every keyframe, before its thumbnail is
+    /// made, and says when it had published the decision.
+    pub fn work(&self, publish: &mut dyn FnMut(&Keyed)) {
+        while let Some((camera, arrival)) = self.inbox.pop() {
+            match self.handle(camera, &arrival) {
+                Ok(Some(keyed)) => {
+                    publish(&keyed);
+                    self.keep_thumbnail(&keyed);
+                }
+                Ok(None) => {}
+                Err(e) => {
+                    let mut stats = lock(&self.stats);
+                    stats.unusable += 1;
+                    stats.last_unusable = format!("{}: {e}", self.names[camera]);
+                }
+            }
+        }
+    }
+
+    /// Ends [`Self::work`].
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.inbox.close();
+        self.odometry_came.notify_all();
+    }
+
+    /// Notes the times of a keyframe that has been published.
+    pub fn published(&self, timings: &Timings) {
+        lock(&self.stats).time(timings);
+    }
+
+    fn handle(&self, camera: usize, arrival: &Arrival) -> Result<Option<Keyed>> {
+        let mut timings = Timings { queue: ms(arrival.at), ..Timings::default() };
+        // With one camera the map does not tell cameras apart, as offline.
+        let name = if self.names.len() == 1 { "" } else { self.names[camera].as_str() };
+        if self.skips_early(name, stamp_of(&arrival.bytes)?) {
+            return Ok(None);
+        }
+        let clock = Instant::now();
+        let (header, image) = self.decode(camera, &arrival.bytes)?;
+        let luma_std = image.luma_stats().1;
+        timings.decode = ms(clock);
+        let clock = Instant::now();
+        let descriptor = self.model.describe(&image)?;
+        timings.describe = ms(clock);
+        let clock = Instant::now();
+        let odom_from_base = self.pose(header.stamp_ns);
+        timings.odometry = ms(clock);
+        let clock = Instant::now();
+        let frame = Frame {
+            camera: name.into(),
+            stamp_ns: header.stamp_ns,
+            name: format!("{}.{:09}", header.stamp_ns.div_euclid(1_000_000_000), header.stamp_ns.rem_euclid(1_000_000_000)),
+            descriptor: descriptor.clone(),
+            luma_std,
+            odom_from_base,
+        };
+        let limit = lock(&self.settings).publish.max_candidates;
+        let mut detector = lock(&self.detector);
+        let session = detector.session();
+        let step = detector.process(frame)?;
+        lock(&self.stats).count(&step);
+        self.notice_session(session, &detector);
+        let Step::Keyframe(decision) = step else { return Ok(None) };
+        let asking = Asking { robot: self.robot, session: decision.session, stamp_ns: header.stamp_ns };
+        let candidates = candidate::of_decision(&detector, asking, &decision, limit);
+        let match_pose = candidates.first().and_then(|c| detector.map().keyframes()[c.row].odom_from_base);
+        let (map_id, map_revision) = (detector.map().id(), detector.map().revision());
+        let generation = self.generation.load(Ordering::Relaxed);
+        drop(detector);
+        self.remember_refused(candidates.first(), odom_from_base, match_pose, decision.session);
+        timings.search = ms(clock);
+        let arrived = arrival.at;
+        Ok(Some(Keyed {
+            camera,
+            header,
+            decision,
+            candidates,
+            descriptor,
+            odom_from_base,
+            match_pose,
+            image,
+            map_id,
+            map_revision,
+            timings,
+            arrived,
+            generation,
+        }))
+    }
+
+    fn remember_refused(&self, first: Option<&Candidate>, query: Option<Isometry3<f64>>, matched: Option<Isometry3<f64>>, session: u32) {
+        let Some(c) = first.filter(|c| c.session == session) else { return };
+        let alike = !matches!(c.standing, Standing::Accepted | Standing::Rejected(Why::Detector(Reason::LowSimilarity)));
+        if let (true, Some(q), Some(m)) = (alike, query, matched) {
+            let mut refused = lock(&self.refused);
+            refused.push_back((point(&q), point(&m)));
+            let surplus = refused.len().saturating_sub(REFUSED_KEPT);
+            refused.drain(..surplus);
+        }
+    }
+
+    /// What a stamp or a pose alone decides costs no network.
+    fn skips_early(&self, camera: &str, stamp_ns: i64) -> bool {
+        let pose = {
+            let odometry = lock(&self.odometry);
+            // A pose that a later message may still change decides nothing.
+            if odometry.track.reaches(stamp_ns) {
+                odometry.track.at(stamp_ns)
+            } else {
+                None
+            }
+        };
+        let mut detector = lock(&self.detector);
+        let session = detector.session();
+        let Some(skip) = detector.skips(camera, stamp_ns, pose.as_ref()) else { return false };
+        let skipped = detector.skip(camera, stamp_ns, skip);
+        self.notice_session(session, &detector);
+        if let Some(skip) = skipped {
+            lock(&self.stats).skipped(skip);
+        }
+        skipped.is_some()
+    }
+
+    fn notice_session(&self, before: u32, detector: &LoopDetector) {
+        if detector.session() != before {
+            lock(&self.stats).sessions += 1;
+            lock(&self.refused).clear();
+        }
+    }
+
+    /// Keyframes and closures of the running session that have poses.
+    pub fn scene(&self) -> Scene {
+        let detector = lock(&self.detector);
+        let map = detector.map();
+        let at = |row: usize| {
+            let k = &map.keyframes()[row];
+            k.odom_from_base.as_ref().filter(|_| k.session == detector.session() && k.robot == self.robot).map(point)
+        };
+        Scene {
+            nodes: (0..map.keyframes().len()).filter_map(at).collect(),
+            accepted: map.links().iter().filter_map(|l| Some((at(l.query)?, at(l.matched)?))).collect(),
+            refused: lock(&self.refused).iter().copied().collect(),
+        }
+    }
+
+    fn decode(&self, camera: usize, bytes: &[u8]) -> Result<(Header, RgbImage)> {
+        let (header, image) = if self.compressed {
+            let m = CompressedImage::decode(bytes)?;
+            let image = RgbImage::decode(&m.data)?;
+            (m.header, image)
+        } else {
+            let m = Image::decode(bytes)?;
+            let image = RgbImage::from_raw(&m.raw())?;
+            (m.header, image)
+        };
+        if !self.undistort {
+            return Ok((header, image));
+        }
+        let calibration = lock(&self.cameras[camera]).calibration.clone();
+        let calibration = calibration.ok_or_else(|| Error::image("input.undistort is on and no camera_info has come yet"))?;
+        let image = image.undistort(&calibration)?;
+        Ok((header, image))
+    }
+
+    /// The pose at the stamp, waiting for the message after it as long as the settings say.
+    fn pose(&self, stamp_ns: i64) -> Option<Isometry3<f64>> {
+        let (on, wait) = {
+            let settings = lock(&self.settings);
+            (settings.input.odometry, Duration::from_secs_f64(settings.input.odometry_wait_s))
+        };
+        if !on {
+            return None;
+        }
+        let mut odometry = lock(&self.odometry);
+        let deadline = Instant::now() + wait;
+        loop {
+            let expected = match odometry.last {
+                Some(last) => last.elapsed() < ODOMETRY_SILENT,
+                None => odometry.waits < FIRST_WAITS,
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if odometry.track.reaches(stamp_ns) || !expected || left.is_zero() || self.stopping.load(Ordering::Relaxed) {
+                odometry.waits += u64::from(odometry.last.is_none());
+                return odometry.track.at(stamp_ns);
+            }
+            odometry = self.odometry_came.wait_timeout(odometry, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn keep_thumbnail(&self, keyed: &Keyed) {
+        let width = lock(&self.settings).map.thumbnail_width;
+        if width == 0 || !keyed.decision.added {
+            return;
+        }
+        // An image that was decoded can be encoded; if not, the pair is shown without it.
+        let Ok(jpeg) = keyed.image.thumbnail(width as u32) else { return };
+        let mut detector = lock(&self.detector);
+        if self.generation.load(Ordering::Relaxed) == keyed.generation {
+            detector.set_thumbnail(keyed.decision.query, jpeg);
+        }
+    }
+
+    /// Query and best match side by side; `None` where there is no match, or no picture of it.
+    pub fn picture(&self, keyed: &Keyed) -> Option<RgbImage> {
+        let candidate = keyed.candidates.first()?;
+        let jpeg = {
+            let detector = lock(&self.detector);
+            if self.generation.load(Ordering::Relaxed) != keyed.generation {
+                return None;
+            }
+            detector.map().thumbnail(candidate.row)?.to_vec()
+        };
+        let matched = RgbImage::decode(&jpeg).ok()?;
+        picture::side_by_side(&keyed.image, &matched, candidate).ok()
+    }
+
+    /// Looks an encoded image up in the whole map. Returns its descriptor's time and the search's,
+    /// milliseconds, with map id and revision.
+    ///
+    /// Errors: it is no JPEG or PNG.
+    pub fn query(&self, image: &[u8], stamp_ns: i64, top_k: usize) -> Result<(Vec<Candidate>, Timings, String, u64)> {
+        let mut timings = Timings::default();
+        let clock = Instant::now();
+        let image = RgbImage::decode(image)?;
+        timings.decode = ms(clock);
+        let clock = Instant::now();
+        let descriptor = self.model.describe(&image)?;
+        timings.describe = ms(clock);
+        let clock = Instant::now();
+        let top_k = if top_k == 0 { lock(&self.settings).publish.max_candidates } else { top_k };
+        let detector = lock(&self.detector);
+        let (hits, second) = detector.query(&descriptor, top_k);
+        // It belongs to no run, so every match is one of another session.
+        let asking = Asking { robot: self.robot, session: u32::MAX, stamp_ns };
+        let candidates = candidate::of_query(&detector, asking, &hits, second);
+        timings.search = ms(clock);
+        timings.total = timings.decode + timings.describe + timings.search;
+        Ok((candidates, timings, detector.map().id(), detector.map().revision()))
+    }
+
+    /// Images that come are counted and thrown away.
+    pub fn pause(&self, on: bool) {
+        self.paused.store(on, Ordering::Relaxed);
+        if on {
+            self.inbox.clear();
+        }
+    }
+
+    /// Whether images are thrown away.
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Relaxed)
+    }
+
+    /// Begins the search for the place of a robot that was carried away. Returns the size of the map.
+    pub fn relocalize(&self) -> usize {
+        let mut detector = lock(&self.detector);
+        detector.relocalize();
+        lock(&self.stats).sessions += 1;
+        detector.map().keyframes().len()
+    }
+
+    /// An empty map takes the place of this one, which is kept beside its file if it has one. Says so.
+    ///
+    /// Errors: the old map could not be written; then nothing changes.
+    pub fn reset(&self) -> Result<String> {
+        self.replace(Map::new(self.model.identity().clone()), None).map(|kept| match kept {
+            Some(path) => format!("the map is empty; the one before is in {}", path.display()),
+            None => "the map is empty".into(),
+        })
+    }
+
+    /// Puts `map` in place; what the old one holds is written beside its file first.
+    fn replace(&self, map: Map, file: Option<&Path>) -> Result<Option<PathBuf>> {
+        let _saving = lock(&self.saving);
+        let path = lock(&self.storage).path.clone();
+        let old = lock(&self.detector).map().clone();
+        let mut kept = None;
+        if let (Some(path), false) = (&path, old.keyframes().is_empty()) {
+            let backup = beside(path);
+            old.save(&backup)?;
+            kept = Some(backup);
+        }
+        let mut storage = lock(&self.storage);
+        let mut detector = lock(&self.detector);
+        storage.saved_revision = match file {
+            Some(_) => map.revision(),
+            // An empty map that was not written yet.
+            None => u64::MAX,
+        };
+        if let (Some(file), true) = (file, storage.path.is_some()) {
+            storage.path = Some(file.into());
+        }
+        detector.replace_map(map);
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        Ok(kept)
+    }
+
+    /// Reads a map into the place of this one, or adds it as earlier sessions. Says what was done, and
+    /// how many keyframes there are now.
+    ///
+    /// Errors: a file that is no map, or of another model; then nothing changes.
+    pub fn load(&self, path: &Path, merge: bool) -> Result<(String, usize)> {
+        let map = Map::load(path, self.model.identity())?;
+        let n = map.keyframes().len();
+        if merge {
+            let mut detector = lock(&self.detector);
+            detector.merge_map(&map)?;
+            return Ok((format!("{n} keyframes of {} added", path.display()), detector.map().keyframes().len()));
+        }
+        let in_file = lock(&self.storage).path.is_some();
+        if in_file {
+            check_writable(path)?;
+        }
+        let kept = self.replace(map, Some(path))?;
+        let before = kept.map_or(String::new(), |k| format!("; the map before is in {}", k.display()));
+        let goes = if in_file { "; new keyframes go to this file" } else { "" };
+        Ok((format!("{n} keyframes of {}{goes}{before}", path.display()), n))
+    }
+
+    /// Writes the map to `path`, or to its own file. Returns where and how many keyframes.
+    ///
+    /// Errors: no file is named, or it cannot be written; what was there stays whole.
+    pub fn save(&self, path: Option<&Path>) -> Result<(PathBuf, usize)> {
+        let _saving = lock(&self.saving);
+        let target = path.map(Path::to_path_buf).or_else(|| lock(&self.storage).path.clone());
+        let target = target.ok_or_else(|| Error::map("no file: give a path, or set map.file"))?;
+        // A copy, so that images are handled meanwhile.
+        let map = lock(&self.detector).map().clone();
+        let result = map.save(&target);
+        let mut storage = lock(&self.storage);
+        if storage.path.as_deref() == Some(target.as_path()) {
+            storage.error = result.as_ref().err().map(|e| e.to_string());
+            if result.is_ok() {
+                storage.saved_revision = map.revision();
+            }
+        }
+        result.map(|()| (target, map.keyframes().len()))
+    }
+
+    /// Writes the map to its own file if it has one and something changed.
+    ///
+    /// Errors: it cannot be written.
+    pub fn save_changes(&self) -> Result<Option<(PathBuf, usize)>> {
+        let changed = {
+            let storage = lock(&self.storage);
+            storage.path.is_some() && storage.saved_revision != lock(&self.detector).map().revision()
+        };
+        if changed {
+            self.save(None).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// How the cameras fare.
+    pub fn camera_reports(&self) -> Vec<CameraReport> {
+        let now = Instant::now();
+        let report = |(i, name): (usize, &String)| {
+            let mut state = lock(&self.cameras[i]);
+            CameraReport {
+                name: name.clone(),
+                rate_hz: state.rate.per_second(now),
+                received: state.received,
+                silent: state.last.map(|l| now.duration_since(l)),
+                level: self.inbox.level(i),
+                calibrated: state.calibration.is_some(),
+            }
+        };
+        self.names.iter().enumerate().map(report).collect()
+    }
+
+    /// Time since the engine was made.
+    pub fn age(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Time since the last odometry; `None` if none has come.
+    pub fn odometry_silent(&self) -> Option<Duration> {
+        lock(&self.odometry).last.map(|l| l.elapsed())
+    }
+
+    /// How the map fares.
+    pub fn map_report(&self) -> MapReport {
+        let storage = lock(&self.storage);
+        let detector = lock(&self.detector);
+        let map = detector.map();
+        MapReport {
+            id: map.id(),
+            revision: map.revision(),
+            keyframes: map.keyframes().len(),
+            closures: map.links().len(),
+            session: detector.session(),
+            file: storage.path.clone(),
+            saved: storage.path.is_none() || storage.saved_revision == map.revision(),
+            error: storage.error.clone(),
+            localization_only: detector.localization_only(),
+            relocalizing: detector.relocalizing(),
+        }
+    }
+
+    /// Counts and times so far.
+    pub fn stats(&self) -> Stats {
+        lock(&self.stats).clone()
+    }
+}
+
+/// First 16 hexadecimal digits of the settings' SHA-256.
+fn config_hash(config: &Config) -> String {
+    // A struct of numbers always has a JSON form.
+    let json = serde_json::to_vec(config).unwrap_or_default();
+    Sha256::digest(json).iter().take(8).map(|b| format!("{b:02x}")).collect()
+}
+
+/// `map.svpr` -> `map.svpr.before-1`, or the next number that is free.
+fn beside(path: &Path) -> PathBuf {
+    let name = |n: u32| {
+        let mut s = path.as_os_str().to_owned();
+        s.push(format!(".before-{n}"));
+        PathBuf::from(s)
+    };
+    (1..).map(name).find(|p| !p.exists()).unwrap_or_else(|| name(0))
+}
+
+/// Fails now rather than when the map is to be saved.
+fn check_writable(path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return Err(Error::map(format!("the folder {} does not exist; make it or change map.file", folder.display())).at(path));
+    }
+    if path.is_dir() {
+        return Err(Error::map("map.file is a folder; name a file").at(path));
+    }
+    tempfile::tempfile_in(folder).map(drop).map_err(Error::io(folder))
+}
+
+#[cfg(test)]
+mod tests;

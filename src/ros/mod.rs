@@ -1,0 +1,252 @@
+//! The ROS 2 node: convert, call once, publish. The only place that knows r2r; what it does not do
+//! itself is in [`crate::live`].
+//!
+//! Threads: this one spins (rcl and nothing else, once a second diagnostics), tokio's carry streams and
+//! services, one works on images, one saves the map.
+
+mod convert;
+mod diagnostics;
+mod names;
+mod parameters;
+mod publish;
+mod services;
+
+use crate::bag::messages::{CameraInfo, CompressedImage, Image, Message, Odometry};
+use crate::config::Settings;
+use crate::live::Engine;
+use diagnostics::{Diagnostics, Input};
+use futures::StreamExt;
+use names::Names;
+use publish::Publishers;
+use r2r::{Context, Node};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const USAGE: &str = "\
+structvpr_node: visual place recognition and loop closure for ROS 2
+
+usage: structvpr_node [--help | --version] [--ros-args [-r FROM:=TO] [-p NAME:=VALUE] [--params-file FILE] ...]
+
+Subscribes image (sensor_msgs/Image, or image/compressed), camera_info, odom; publishes ~/candidates and more. All parameters
+with their meaning are in config/structvpr.yaml; `ros2 param describe` says the same of a running node.";
+
+/// The spinning thread looks up at least this often.
+const SPIN: Duration = Duration::from_millis(20);
+
+/// Runs the node until SIGINT or SIGTERM. Exit code 0: ended as asked, with the map saved; 1: it could
+/// not start or save; 2: wrong arguments.
+pub fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    let own = args.iter().skip(1).take_while(|a| *a != "--ros-args");
+    for arg in own {
+        match arg.as_str() {
+            "-h" | "--help" => {
+                println!("{USAGE}");
+                return ExitCode::SUCCESS;
+            }
+            "--version" => {
+                println!("structvpr_node {} (ROS 2 {})", env!("CARGO_PKG_VERSION"), r2r::ROS_DISTRO);
+                return ExitCode::SUCCESS;
+            }
+            other => {
+                eprintln!("structvpr_node: unknown argument `{other}`\n{USAGE}");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    match start(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // Both: the log may not be seen, and stderr may not be kept.
+            eprintln!("structvpr_node: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: &[String]) -> Result<(), String> {
+    // r2r panics where rcl refuses the command line or a parameter file; its words are rcl's.
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let context = std::panic::catch_unwind(Context::create);
+    std::panic::set_hook(hook);
+    let context = match context {
+        Ok(context) => context.map_err(|e| format!("ROS does not start: {e}"))?,
+        Err(panic) => {
+            let words = panic.downcast_ref::<String>().map_or("rcl_init failed", String::as_str);
+            return Err(format!("the arguments or a parameter file cannot be read: {words}"));
+        }
+    };
+    let mut node = Node::create(context, "structvpr", "").map_err(|e| format!("the node cannot be made: {e}"))?;
+    let logger = node.logger().to_string();
+    let result = run(&mut node, &logger, args);
+    if let Err(e) = &result {
+        r2r::log_fatal!(&logger, "{e}");
+    }
+    result
+}
+
+fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
+    let ros = |what: &'static str| move |e: r2r::Error| format!("{what}: {e}");
+    let (settings, sim_time, warnings) = parameters::at_start(node)?;
+    for warning in warnings {
+        r2r::log_warn!(logger, "{warning}");
+    }
+    if settings.model.threads > 0 {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(settings.model.threads);
+        pool.build_global().map_err(|e| format!("model.threads: {e}"))?;
+    }
+    let engine = Arc::new(Engine::new(settings.clone()).map_err(|e| e.to_string())?);
+    let map = engine.map_report();
+    let file = map.file.map_or("in memory only (set map.file to keep it)".into(), |f| format!("in {}", f.display()));
+    r2r::log_info!(logger, "model {}; map of {} keyframes, {file}", engine.model().identity(), map.keyframes);
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|e| format!("no threads for tasks: {e}"))?;
+    let stop = Arc::new(AtomicBool::new(false));
+    end_on_signals(&runtime, &stop)?;
+    let sim_time = Arc::new(AtomicBool::new(sim_time));
+    let namespace = node.namespace().map_err(ros("namespace"))?;
+    let names = Names::new(&namespace, &node.name().map_err(ros("name"))?, args);
+    let publishers = Publishers::new(node, &settings.qos).map_err(ros("a publisher cannot be made"))?;
+    let inputs = subscribe(node, &runtime, &engine, &settings).map_err(ros("a subscription cannot be made"))?;
+    parameters::offer(node, runtime.handle(), &engine, &sim_time).map_err(ros("the parameter services cannot be made"))?;
+    services::offer(node, runtime.handle(), &engine).map_err(ros("a service cannot be made"))?;
+    let mut diagnostics = Diagnostics::new(node, &engine, &names, inputs).map_err(ros("a publisher cannot be made"))?;
+    r2r::log_info!(logger, "listening to {}", diagnostics.topics().join(", "));
+
+    let worker = {
+        let engine = engine.clone();
+        let work = move || engine.work(&mut |keyed| publishers.publish(&engine, keyed));
+        std::thread::Builder::new().name("images".into()).spawn(work).map_err(|e| format!("no thread for images: {e}"))?
+    };
+    let (end_saver, ended) = channel::<()>();
+    let saver = {
+        let (engine, logger) = (engine.clone(), logger.to_string());
+        let save = move || save_now_and_then(&engine, &logger, |wait| ended.recv_timeout(wait) == Err(RecvTimeoutError::Timeout));
+        std::thread::Builder::new().name("map".into()).spawn(save).map_err(|e| format!("no thread for the map: {e}"))?
+    };
+
+    let period = Duration::from_secs_f64(settings.publish.diagnostics_period_s);
+    let mut due = Instant::now() + period;
+    let mut simulated = false;
+    while !stop.load(Ordering::Relaxed) && !worker.is_finished() {
+        if sim_time.load(Ordering::Relaxed) != simulated {
+            simulated = !simulated;
+            let source = node.get_time_source();
+            if simulated {
+                source.enable_sim_time(node).map_err(ros("use_sim_time"))?;
+            } else {
+                source.disable_sim_time();
+            }
+        }
+        node.spin_once(SPIN);
+        if Instant::now() >= due {
+            due = Instant::now() + period;
+            diagnostics.tick(node);
+        }
+    }
+
+    engine.stop();
+    let died = worker.join().is_err();
+    drop(end_saver);
+    // It may be in the middle of a save, which counts.
+    let _ = saver.join();
+    let saved = engine.save_changes().map_err(|e| format!("the map could not be saved: {e}"))?;
+    match saved {
+        Some((path, n)) => r2r::log_info!(logger, "{n} keyframes saved to {}", path.display()),
+        None => r2r::log_info!(logger, "nothing left to save"),
+    }
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    if died {
+        return Err("the thread for images died; this is a bug, its message stands above".into());
+    }
+    Ok(())
+}
+
+/// The first SIGINT or SIGTERM ends the node in order, the second at once.
+fn end_on_signals(runtime: &tokio::runtime::Runtime, stop: &Arc<AtomicBool>) -> Result<(), String> {
+    use tokio::signal::unix::{signal, SignalKind};
+    let _context = runtime.enter();
+    let bad = |e: std::io::Error| format!("signals: {e}");
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(bad)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(bad)?;
+    let stop = stop.clone();
+    runtime.spawn(async move {
+        loop {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            if stop.swap(true, Ordering::Relaxed) {
+                eprintln!("structvpr_node: second signal: ending at once");
+                std::process::exit(130);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Subscribes each camera's topics, and odometry; returns the image topics.
+fn subscribe(node: &mut Node, runtime: &tokio::runtime::Runtime, engine: &Arc<Engine>, settings: &Settings) -> r2r::Result<Vec<Input>> {
+    let logger = node.logger().to_string();
+    let mut inputs = Vec::new();
+    for (camera, name) in engine.cameras().iter().enumerate() {
+        let topic = |base: &str| if engine.cameras().len() == 1 { base.to_string() } else { format!("{name}/{base}") };
+        let (image, type_name) =
+            if engine.compressed() { (topic("image/compressed"), CompressedImage::TYPE) } else { (topic("image"), Image::TYPE) };
+        let mut images = node.subscribe_raw(&image, type_name, publish::qos(&settings.qos.image))?;
+        let e = engine.clone();
+        runtime.spawn(async move {
+            while let Some(bytes) = images.next().await {
+                e.image(camera, bytes);
+            }
+        });
+        inputs.push(Input { name: image, type_name, qos: settings.qos.image.clone() });
+
+        let mut infos = node.subscribe_raw(&topic("camera_info"), CameraInfo::TYPE, publish::qos(&settings.qos.camera_info))?;
+        let (e, logger, name) = (engine.clone(), logger.clone(), name.clone());
+        runtime.spawn(async move {
+            let mut complained = false;
+            while let Some(bytes) = infos.next().await {
+                if let (Err(error), false) = (e.camera_info(camera, &bytes), complained) {
+                    r2r::log_warn!(&logger, "camera_info of {name}: {error}");
+                    complained = true;
+                }
+            }
+        });
+    }
+    if settings.input.odometry {
+        let mut odometry = node.subscribe_raw("odom", Odometry::TYPE, publish::qos(&settings.qos.odom))?;
+        let e = engine.clone();
+        runtime.spawn(async move {
+            let mut complained = false;
+            while let Some(bytes) = odometry.next().await {
+                if let (Err(error), false) = (e.odometry(&bytes), complained) {
+                    r2r::log_warn!(&logger, "odom: {error}");
+                    complained = true;
+                }
+            }
+        });
+    }
+    Ok(inputs)
+}
+
+/// Saves the map when the settings say so; `wait` sleeps and returns whether to go on.
+fn save_now_and_then(engine: &Engine, logger: &str, wait: impl Fn(Duration) -> bool) {
+    let mut last = Instant::now();
+    // The interval may change while running.
+    while wait(Duration::from_millis(500)) {
+        let every = engine.settings().map.autosave_s;
+        if every > 0.0 && last.elapsed().as_secs_f64() >= every {
+            last = Instant::now();
+            // A failure stands in the diagnostics, which log it; the next round tries again.
+            if let Ok(Some((path, n))) = engine.save_changes() {
+                r2r::log_debug!(logger, "{n} keyframes saved to {}", path.display());
+            }
+        }
+    }
+}
