@@ -32,7 +32,8 @@ pub struct Frame {
 pub enum Skip {
     /// Dark, white, constant or covered: there is nothing to recognise.
     LowQuality,
-    /// Sooner after the last keyframe than `keyframe.min_interval_s`.
+    /// Sooner than `keyframe.min_interval_s` after the last keyframe, or after the last image that was
+    /// described and found to be none.
     TooSoon,
     /// Nothing moved since the last keyframe: parked.
     Stationary,
@@ -202,6 +203,8 @@ struct CameraState {
     pointers: Vec<Pointer>,
     /// Stamp of the last frame that did not jump.
     seen_ns: Option<i64>,
+    /// Stamp of the last frame whose looks were asked for.
+    looked_ns: Option<i64>,
     /// Frames in a row whose stamp jumped.
     jumps: usize,
 }
@@ -345,6 +348,9 @@ impl LoopDetector {
         if since < 0 || stamp_ns.saturating_sub(state.seen_ns.unwrap_or(stamp_ns)) > LONGEST_GAP_NS {
             return Some(Skip::TimeJump);
         }
+        // An image that changed too little was described for that; the next is not before the interval is over,
+        // or a robot that stands before a camera of 30 Hz would describe without a pause.
+        let since = stamp_ns.saturating_sub(state.looked_ns.unwrap_or(last.stamp_ns));
         if (since as f64) < settings.min_interval_s * 1e9 {
             return Some(Skip::TooSoon);
         }
@@ -377,6 +383,9 @@ impl LoopDetector {
     /// Errors: a descriptor of another dimension than the map's; then nothing changes.
     pub fn process(&mut self, frame: Frame) -> Result<Step> {
         let early = self.skips(&frame.camera, frame.stamp_ns, frame.odom_from_base.as_ref());
+        if early.is_none() {
+            self.cameras.entry(frame.camera.clone()).or_default().looked_ns = Some(frame.stamp_ns);
+        }
         if let Some(skip) = early.or_else(|| self.skips_for_its_looks(&frame)) {
             if let Some(skip) = self.skip(&frame.camera, frame.stamp_ns, skip) {
                 return Ok(Step::Skipped(skip));
@@ -405,7 +414,9 @@ impl LoopDetector {
         let (last, descriptor) = self.cameras.get(&frame.camera)?.last.as_ref()?;
         // Where both poses are known they have decided already.
         let blind = last.odom_from_base.is_none() || frame.odom_from_base.is_none();
-        let still = 1.0 - f64::from(descriptor.similarity(&frame.descriptor)) < settings.min_descriptor_change;
+        // Rounding puts the cosine of equals above 1; a setting of 0 is to hold nothing back.
+        let change = (1.0 - f64::from(descriptor.similarity(&frame.descriptor))).max(0.0);
+        let still = change < settings.min_descriptor_change;
         (blind && still).then_some(Skip::Stationary)
     }
 
@@ -527,7 +538,7 @@ impl LoopDetector {
             self.relocalizing = false;
         }
         let state = self.cameras.entry(keyframe.camera.clone()).or_default();
-        *state = CameraState { last: Some((keyframe, descriptor)), pointers, seen_ns: Some(stamp_ns), jumps: 0 };
+        *state = CameraState { last: Some((keyframe, descriptor)), pointers, seen_ns: Some(stamp_ns), looked_ns: Some(stamp_ns), jumps: 0 };
         Ok((query, added))
     }
 }

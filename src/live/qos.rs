@@ -44,10 +44,10 @@ pub fn why_silent(topic: &str, setting: &str, ours: &Endpoint, publishers: &[End
     };
     let wrong: Vec<String> = publishers.iter().filter_map(of).collect();
     match wrong.len() == publishers.len() {
-        true => format!("{topic}: {}", wrong.join("; ")),
+        true => wrong.join("; "),
         false => {
             let node = publishers.iter().find(|p| of(p).is_none()).map_or("", |p| &p.node);
-            format!("{topic}: publisher {node} fits, but sends nothing; large images over a network or a full shared-memory segment get lost with best-effort (see README, Quality of service)")
+            format!("publisher {node} fits, but sends nothing; large images over a network or a full shared-memory segment get lost with best-effort (see README, Quality of service)")
         }
     }
 }

@@ -127,6 +127,23 @@ fn nothing_is_added_while_parked_and_bad_images_and_stamps_are_named() {
 }
 
 #[test]
+fn a_robot_that_stands_before_a_fast_camera_is_not_described_without_a_pause() {
+    let mut d = detector(|_| {});
+    let frames = (0..300).map(|i| Frame { descriptor: place(5.0, 1), ..frame(f64::from(i) / 30.0, 0.0) });
+    let skips: Vec<Step> = frames.map(|f| d.process(f).unwrap()).collect();
+    let described = skips.iter().filter(|s| **s == Step::Skipped(Skip::Stationary)).count();
+    assert!((55..=66).contains(&described), "ten seconds at most every 0.15 s: {described}");
+    assert_eq!(skips.iter().filter(|s| **s == Step::Skipped(Skip::TooSoon)).count(), 299 - described);
+}
+
+#[test]
+fn no_change_asked_for_holds_back_nothing() {
+    let mut d = detector(|c| c.keyframe.min_descriptor_change = 0.0);
+    let same = |i: i32| Frame { descriptor: place(f64::from(i / 2), 5), ..frame(f64::from(i), 0.0) };
+    assert_eq!(decisions(&mut d, (0..200).map(same)).len(), 200);
+}
+
+#[test]
 fn a_look_alike_that_stands_still_is_no_loop() {
     let mut d = detector(|c| c.decision.min_consistent = 5);
     decisions(&mut d, (0..60).map(|i| frame(f64::from(i), f64::from(i))));

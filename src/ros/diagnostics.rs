@@ -110,7 +110,7 @@ impl Diagnostics {
         let topic = &self.topics[i];
         let (level, message) = if silent > limit {
             let why = self.why_silent(node, i);
-            let message = format!("no image received on {topic} for {silent:.0} s: {why}");
+            let message = format!("no image received on {topic} for {silent:.1} s: {why}");
             if self.warned[i].is_none_or(|at| at.elapsed() > AGAIN) {
                 r2r::log_warn!(&self.logger, "{message}");
                 self.warned[i] = Some(Instant::now());

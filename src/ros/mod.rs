@@ -1,8 +1,8 @@
 //! The ROS 2 node: convert, call once, publish. The only place that knows r2r; what it does not do
 //! itself is in [`crate::live`].
 //!
-//! Threads: this one spins (rcl and nothing else, once a second diagnostics), tokio's carry streams and
-//! services, one works on images, one saves the map.
+//! Threads: this one spins, hands messages on, and once a second publishes diagnostics; tokio's carry the
+//! services; one works on images; one saves the map.
 
 mod convert;
 mod diagnostics;
@@ -15,7 +15,7 @@ use crate::bag::messages::{CameraInfo, CompressedImage, Image, Message, Odometry
 use crate::config::Settings;
 use crate::live::Engine;
 use diagnostics::{Diagnostics, Input};
-use futures::StreamExt;
+use futures::{FutureExt, Stream, StreamExt};
 use names::Names;
 use publish::Publishers;
 use r2r::{Context, Node};
@@ -40,9 +40,12 @@ const SPIN: Duration = Duration::from_millis(20);
 /// not start or save; 2: wrong arguments.
 pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
-    let own = args.iter().skip(1).take_while(|a| *a != "--ros-args");
-    for arg in own {
+    let mut of_ros = false;
+    for arg in args.iter().skip(1) {
         match arg.as_str() {
+            "--ros-args" => of_ros = true,
+            "--" => of_ros = false,
+            _ if of_ros => {}
             "-h" | "--help" => {
                 println!("{USAGE}");
                 return ExitCode::SUCCESS;
@@ -60,33 +63,45 @@ pub fn main() -> ExitCode {
     match start(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            // Both: the log may not be seen, and stderr may not be kept.
-            eprintln!("structvpr_node: {e}");
+            e.tell();
             ExitCode::FAILURE
         }
     }
 }
 
-fn start(args: &[String]) -> Result<(), String> {
+/// Why the node ends, and where that can be told.
+enum Fatal {
+    /// Before there is a log.
+    Early(String),
+    /// To the node's log, which goes to stderr too.
+    Logged(String, String),
+}
+
+impl Fatal {
+    fn tell(&self) {
+        match self {
+            Self::Early(words) => eprintln!("structvpr_node: {words}"),
+            Self::Logged(logger, words) => r2r::log_fatal!(logger, "{words}"),
+        }
+    }
+}
+
+fn start(args: &[String]) -> Result<(), Fatal> {
     // r2r panics where rcl refuses the command line or a parameter file; its words are rcl's.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
     let context = std::panic::catch_unwind(Context::create);
     std::panic::set_hook(hook);
     let context = match context {
-        Ok(context) => context.map_err(|e| format!("ROS does not start: {e}"))?,
+        Ok(context) => context.map_err(|e| Fatal::Early(format!("ROS does not start: {e}")))?,
         Err(panic) => {
             let words = panic.downcast_ref::<String>().map_or("rcl_init failed", String::as_str);
-            return Err(format!("the arguments or a parameter file cannot be read: {words}"));
+            return Err(Fatal::Early(format!("the arguments or a parameter file cannot be read: {words}")));
         }
     };
-    let mut node = Node::create(context, "structvpr", "").map_err(|e| format!("the node cannot be made: {e}"))?;
+    let mut node = Node::create(context, "structvpr", "").map_err(|e| Fatal::Early(format!("the node cannot be made: {e}")))?;
     let logger = node.logger().to_string();
-    let result = run(&mut node, &logger, args);
-    if let Err(e) = &result {
-        r2r::log_fatal!(&logger, "{e}");
-    }
-    result
+    run(&mut node, &logger, args).map_err(|words| Fatal::Logged(logger, words))
 }
 
 fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
@@ -112,7 +127,7 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
     let namespace = node.namespace().map_err(ros("namespace"))?;
     let names = Names::new(&namespace, &node.name().map_err(ros("name"))?, args);
     let publishers = Publishers::new(node, &settings.qos).map_err(ros("a publisher cannot be made"))?;
-    let inputs = subscribe(node, &runtime, &engine, &settings).map_err(ros("a subscription cannot be made"))?;
+    let (inputs, mut drains) = subscribe(node, &engine, &settings).map_err(ros("a subscription cannot be made"))?;
     parameters::offer(node, runtime.handle(), &engine, &sim_time).map_err(ros("the parameter services cannot be made"))?;
     services::offer(node, runtime.handle(), &engine).map_err(ros("a service cannot be made"))?;
     let mut diagnostics = Diagnostics::new(node, &engine, &names, inputs).map_err(ros("a publisher cannot be made"))?;
@@ -144,6 +159,7 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
             }
         }
         node.spin_once(SPIN);
+        drains.iter_mut().for_each(|take| take());
         if Instant::now() >= due {
             due = Instant::now() + period;
             diagnostics.tick(node);
@@ -190,49 +206,54 @@ fn end_on_signals(runtime: &tokio::runtime::Runtime, stop: &Arc<AtomicBool>) -> 
     Ok(())
 }
 
-/// Subscribes each camera's topics, and odometry; returns the image topics.
-fn subscribe(node: &mut Node, runtime: &tokio::runtime::Runtime, engine: &Arc<Engine>, settings: &Settings) -> r2r::Result<Vec<Input>> {
+/// Takes what a subscription has received.
+type Drain = Box<dyn FnMut()>;
+
+/// r2r keeps ten messages per subscription and silently drops the next, so the thread that spins, which
+/// takes one at a time, hands each on at once; a task would have to be scheduled first.
+fn drain(mut messages: impl Stream<Item = Vec<u8>> + Unpin + 'static, mut take: impl FnMut(Vec<u8>) + 'static) -> Drain {
+    Box::new(move || {
+        while let Some(Some(bytes)) = messages.next().now_or_never() {
+            take(bytes);
+        }
+    })
+}
+
+/// Logs the first error of a topic.
+fn complain_once(logger: String, topic: String) -> impl FnMut(crate::error::Result<()>) {
+    let mut complained = false;
+    move |result| {
+        if let (Err(e), false) = (result, complained) {
+            r2r::log_warn!(&logger, "{topic}: {e}; the next such message is not mentioned");
+            complained = true;
+        }
+    }
+}
+
+/// Subscribes each camera's topics, and odometry; returns the image topics, and what takes the messages.
+fn subscribe(node: &mut Node, engine: &Arc<Engine>, settings: &Settings) -> r2r::Result<(Vec<Input>, Vec<Drain>)> {
     let logger = node.logger().to_string();
-    let mut inputs = Vec::new();
+    let (mut inputs, mut drains) = (Vec::new(), Vec::new());
     for (camera, name) in engine.cameras().iter().enumerate() {
         let topic = |base: &str| if engine.cameras().len() == 1 { base.to_string() } else { format!("{name}/{base}") };
         let (image, type_name) =
             if engine.compressed() { (topic("image/compressed"), CompressedImage::TYPE) } else { (topic("image"), Image::TYPE) };
-        let mut images = node.subscribe_raw(&image, type_name, publish::qos(&settings.qos.image))?;
+        let messages = node.subscribe_raw(&image, type_name, publish::qos(&settings.qos.image))?;
         let e = engine.clone();
-        runtime.spawn(async move {
-            while let Some(bytes) = images.next().await {
-                e.image(camera, bytes);
-            }
-        });
+        drains.push(drain(messages, move |bytes| e.image(camera, bytes)));
         inputs.push(Input { name: image, type_name, qos: settings.qos.image.clone() });
 
-        let mut infos = node.subscribe_raw(&topic("camera_info"), CameraInfo::TYPE, publish::qos(&settings.qos.camera_info))?;
-        let (e, logger, name) = (engine.clone(), logger.clone(), name.clone());
-        runtime.spawn(async move {
-            let mut complained = false;
-            while let Some(bytes) = infos.next().await {
-                if let (Err(error), false) = (e.camera_info(camera, &bytes), complained) {
-                    r2r::log_warn!(&logger, "camera_info of {name}: {error}");
-                    complained = true;
-                }
-            }
-        });
+        let info = topic("camera_info");
+        let messages = node.subscribe_raw(&info, CameraInfo::TYPE, publish::qos(&settings.qos.camera_info))?;
+        let (e, mut complain) = (engine.clone(), complain_once(logger.clone(), info));
+        drains.push(drain(messages, move |bytes| complain(e.camera_info(camera, &bytes))));
     }
     if settings.input.odometry {
-        let mut odometry = node.subscribe_raw("odom", Odometry::TYPE, publish::qos(&settings.qos.odom))?;
-        let e = engine.clone();
-        runtime.spawn(async move {
-            let mut complained = false;
-            while let Some(bytes) = odometry.next().await {
-                if let (Err(error), false) = (e.odometry(&bytes), complained) {
-                    r2r::log_warn!(&logger, "odom: {error}");
-                    complained = true;
-                }
-            }
-        });
+        let messages = node.subscribe_raw("odom", Odometry::TYPE, publish::qos(&settings.qos.odom))?;
+        let (e, mut complain) = (engine.clone(), complain_once(logger, "odom".into()));
+        drains.push(drain(messages, move |bytes| complain(e.odometry(&bytes))));
     }
-    Ok(inputs)
+    Ok((inputs, drains))
 }
 
 /// Saves the map when the settings say so; `wait` sleeps and returns whether to go on.

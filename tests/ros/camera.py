@@ -1,0 +1,36 @@
+"""A camera: python camera.py NAMESPACE HZ SECONDS WIDTH HEIGHT publishes rgb8 images, best effort, and says how many."""
+
+import os
+import sys
+import time
+
+import rclpy
+from rclpy.qos import qos_profile_sensor_data
+from sensor_msgs.msg import Image
+
+
+def main():
+    namespace, rate, seconds, width, height = sys.argv[1], *map(int, sys.argv[2:])
+    rclpy.init()
+    node = rclpy.create_node("camera", namespace=namespace)
+    camera = node.create_publisher(Image, "image", qos_profile_sensor_data)
+    while camera.get_subscription_count() == 0:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    m = Image(height=height, width=width, encoding="rgb8", step=3 * width)
+    m.header.frame_id = "camera"
+    pixels = os.urandom(3 * width) * (height + 1)
+    start = time.monotonic()
+    for i in range(rate * seconds):
+        # A wave that moves: no two images are alike.
+        shift = 3 * (i * 7 % width)
+        m.data = pixels[shift : shift + 3 * width * height]
+        m.header.stamp.sec, m.header.stamp.nanosec = i // rate, i % rate * 1_000_000_000 // rate
+        camera.publish(m)
+        time.sleep(max(0.0, start + (i + 1) / rate - time.monotonic()))
+    print(f"{rate * seconds} images in {time.monotonic() - start:.1f} s", flush=True)
+    time.sleep(1.0)
+    rclpy.shutdown()
+
+
+main()
