@@ -114,7 +114,7 @@ fn nothing_is_added_while_parked_and_bad_images_and_stamps_are_named() {
     assert_eq!(d.process(frame(10.0, 14.0)).unwrap(), Step::Skipped(Skip::TimeJump));
     let dark = Frame { luma_std: 1.0, ..frame(4000.0, 20.0) };
     assert_eq!(d.process(dark).unwrap(), Step::Skipped(Skip::LowQuality));
-    let nan = Frame { luma_std: f32::NAN, ..frame(4000.0, 20.0) };
+    let nan = Frame { luma_std: f32::NAN, ..frame(4001.0, 20.0) };
     assert_eq!(d.process(nan).unwrap(), Step::Skipped(Skip::LowQuality));
     assert_eq!(d.map().keyframes().len(), 2);
 
