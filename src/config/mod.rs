@@ -235,6 +235,27 @@ impl Settings {
         Ok(settings)
     }
 
+    /// As a table for people.
+    pub fn to_markdown(&self) -> String {
+        let mut text = "| parameter | default | allowed | while running | meaning |\n|---|---|---|---|---|\n".to_string();
+        for setting in Self::table().iter().filter(|s| !s.name.starts_with("qos.")) {
+            let value = self.get(&setting.name).map(|v| v.to_string()).unwrap_or_default();
+            let (live, doc) = (if setting.live { "yes" } else { "restart" }, setting.doc.replace('\n', " "));
+            let allowed = setting.kind.allowed().replace("an integer, ", "").replace("a double, ", "");
+            text += &format!("| `{}` | {value} | {allowed} | {live} | {doc} |\n", setting.name);
+        }
+        for topic in QosConfig::TOPICS {
+            let value = |field: &str| self.get(&format!("qos.{topic}.{field}")).map(|v| v.to_string()).unwrap_or_default();
+            text += &format!(
+                "| `qos.{topic}.reliability`, `.depth`, `.durability` | {}, {}, {} | \"reliable\" or \"best_effort\"; 1 to 10000; \"volatile\" or \"transient_local\" | restart | |\n",
+                value("reliability"),
+                value("depth"),
+                value("durability")
+            );
+        }
+        text
+    }
+
     /// As the shipped file has it: every setting with its meaning and range.
     pub fn to_yaml(&self) -> String {
         let mut text = YAML_HEAD.to_string();
@@ -336,6 +357,16 @@ mod tests {
         let shipped = &value["/**"]["ros__parameters"];
         let all = serde_yaml::to_value(Settings::default()).unwrap();
         assert_eq!(shipped, &all, "every setting stands in the file");
+    }
+
+    #[test]
+    fn the_table_of_the_documentation_is_the_table() {
+        let (text, want) = (include_str!("../../docs/parameters.md"), Settings::default().to_markdown());
+        if !text.ends_with(&want) {
+            let new = std::env::temp_dir().join("parameters.md");
+            std::fs::write(&new, want).unwrap();
+            panic!("docs/parameters.md does not end with the table; it is in {}", new.display());
+        }
     }
 
     #[test]

@@ -203,21 +203,26 @@ pub fn markers(scene: &Scene, stamp: Time, frame_id: &str) -> MarkerArray {
     }
 }
 
-/// An edge that says: the same place, as far as place recognition can tell. The relative pose is not
-/// measured, so it is the identity with the covariance of a place.
+/// Two nodes and an edge that says: the same place, as far as place recognition can tell. The relative
+/// pose is not measured, so it is the identity with the covariance of a place.
+// Versions of these messages differ in fields that we do not fill.
+#[allow(clippy::needless_update)]
 #[cfg(has_pose_graph_tools_msgs)]
 pub fn pose_graph(
-    stamp_ns: i64,
+    keyed: &Keyed,
     frame_id: &str,
     robot: u32,
-    query: usize,
     c: &Candidate,
     settings: &PublishConfig,
 ) -> r2r::pose_graph_tools_msgs::msg::PoseGraph {
-    use r2r::pose_graph_tools_msgs::msg::{PoseGraph, PoseGraphEdge};
-    let header = HeaderMsg { stamp: time(stamp_ns), frame_id: frame_id.into() };
+    use r2r::pose_graph_tools_msgs::msg::{PoseGraph, PoseGraphEdge, PoseGraphNode};
+    let at = |stamp_ns: i64| HeaderMsg { stamp: time(stamp_ns), frame_id: frame_id.into() };
+    let node = |robot: u32, row: usize, stamp_ns: i64, p: Option<Isometry3<f64>>| {
+        Some(PoseGraphNode { header: at(stamp_ns), robot_id: robot as i32, key: row as u64, pose: pose(&p?), ..Default::default() })
+    };
+    let (query, stamp_ns) = (keyed.decision.query, keyed.header.stamp_ns);
     let edge = PoseGraphEdge {
-        header: header.clone(),
+        header: at(stamp_ns),
         key_from: c.row as u64,
         key_to: query as u64,
         robot_from: c.robot as i32,
@@ -225,6 +230,8 @@ pub fn pose_graph(
         type_: PoseGraphEdge::LOOPCLOSE as i32,
         pose: pose(&Isometry3::identity()),
         covariance: place_covariance(settings),
+        ..Default::default()
     };
-    PoseGraph { header, edges: vec![edge], ..Default::default() }
+    let ends = [node(c.robot, c.row, c.stamp_ns, keyed.match_pose), node(robot, query, stamp_ns, keyed.odom_from_base)];
+    PoseGraph { header: at(stamp_ns), nodes: ends.into_iter().flatten().collect(), edges: vec![edge], ..Default::default() }
 }

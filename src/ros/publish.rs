@@ -84,7 +84,7 @@ impl Publishers {
         }
         #[cfg(has_pose_graph_tools_msgs)]
         if keyed.decision.added {
-            let graph = convert::pose_graph(stamp_ns, &frame, engine.robot(), keyed.decision.query, c, &settings);
+            let graph = convert::pose_graph(keyed, &frame, engine.robot(), c, &settings);
             self.check("~/pose_graph", self.graph.publish(&graph));
         }
         r2r::log_debug!(

@@ -1,4 +1,7 @@
-"""A camera: python camera.py NAMESPACE HZ SECONDS WIDTH HEIGHT publishes rgb8 images, best effort, and says how many."""
+"""A camera: python camera.py NAMESPACE HZ SECONDS WIDTH HEIGHT [--wall] publishes rgb8 images, best effort, and says how many.
+
+Stamps count from 0; with --wall they are the time of publication.
+"""
 
 import os
 import sys
@@ -10,7 +13,7 @@ from sensor_msgs.msg import Image
 
 
 def main():
-    namespace, rate, seconds, width, height = sys.argv[1], *map(int, sys.argv[2:])
+    namespace, rate, seconds, width, height = sys.argv[1], *map(int, sys.argv[2:6])
     rclpy.init()
     node = rclpy.create_node("camera", namespace=namespace)
     camera = node.create_publisher(Image, "image", qos_profile_sensor_data)
@@ -26,6 +29,9 @@ def main():
         shift = 3 * (i * 7 % width)
         m.data = pixels[shift : shift + 3 * width * height]
         m.header.stamp.sec, m.header.stamp.nanosec = i // rate, i % rate * 1_000_000_000 // rate
+        if "--wall" in sys.argv:
+            now = time.time_ns()
+            m.header.stamp.sec, m.header.stamp.nanosec = now // 1_000_000_000, now % 1_000_000_000
         camera.publish(m)
         time.sleep(max(0.0, start + (i + 1) / rate - time.monotonic()))
     print(f"{rate * seconds} images in {time.monotonic() - start:.1f} s", flush=True)

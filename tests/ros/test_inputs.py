@@ -3,6 +3,7 @@
 import random
 import time
 
+import pytest
 from harness import qos, read_bag, seconds
 from nav_msgs.msg import Odometry
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
@@ -205,6 +206,21 @@ def test_names_are_remapped_as_lio_sam_wants(start, robot):
     camera.publish(image(100.25, seed=1))
     robot.until(lambda: len(heard) == 2 and stamps, what="a closure")
     assert list(stamps[0].data) == [100.25, 1.0]
+
+
+def test_an_edge_for_kimera_and_hydra(start, robot):
+    messages = pytest.importorskip("pose_graph_tools_msgs.msg", reason="the node was built without pose_graph_tools_msgs")
+    start({**QUICK, "decision.min_consistent": 1, "search.exclusion_keyframes": 0, "keyframe.min_descriptor_change": 0.0, "map.robot_id": 3})
+    graphs = robot.listen(messages.PoseGraph, "structvpr/pose_graph")
+    camera = robot.publisher(Image, "image")
+    robot.matched(camera)
+    camera.publish(image(1, seed=1))
+    camera.publish(image(100, seed=1))
+    robot.until(lambda: graphs, what="an edge")
+    (edge,) = graphs[0].edges
+    assert (edge.key_from, edge.key_to, edge.robot_from, edge.robot_to, edge.type) == (0, 1, 3, 3, messages.PoseGraphEdge.LOOPCLOSE)
+    assert edge.pose.orientation.w == 1.0 and edge.covariance[0] == 25.0 and edge.covariance[1] == 0.0
+    assert graphs[0].nodes == [] and graphs[0].header.stamp.sec == 100, "no odometry, no poses"
 
 
 def test_late_images_are_dropped_oldest_first_and_counted(start, robot):
