@@ -253,6 +253,49 @@ impl RgbImage {
     }
 }
 
+/// Median of a depth image (`16UC1` in millimetres, `32FC1` in metres), metres, over a grid of some
+/// thousand pixels. `None` where fewer than a tenth of them have a depth.
+///
+/// Errors: another encoding, a header that does not fit the data.
+pub fn median_depth_m(raw: &RawImage) -> Result<Option<f32>> {
+    check_size(raw.width.into(), raw.height.into())?;
+    let bytes = match raw.encoding {
+        "16UC1" | "mono16" => 2,
+        "32FC1" => 4,
+        other => return Err(Error::ImageEncoding { encoding: other.chars().take(32).collect(), supported: "16UC1, 32FC1" }),
+    };
+    let (width, height, step) = (raw.width as usize, raw.height as usize, raw.step as usize);
+    let need = (height - 1).saturating_mul(step).saturating_add(width * bytes);
+    if step < width * bytes || raw.data.len() < need {
+        return Err(Error::image(format!("depth {width}x{height} with step {step} wants {need} bytes, got {}", raw.data.len())));
+    }
+    let at = |x: usize, y: usize| {
+        let b = &raw.data[y * step + x * bytes..][..bytes];
+        match (b, raw.is_bigendian) {
+            ([a, b], false) => f32::from(u16::from_le_bytes([*a, *b])) / 1000.0,
+            ([a, b], true) => f32::from(u16::from_be_bytes([*a, *b])) / 1000.0,
+            ([a, b, c, d], false) => f32::from_le_bytes([*a, *b, *c, *d]),
+            ([a, b, c, d], true) => f32::from_be_bytes([*a, *b, *c, *d]),
+            _ => f32::NAN,
+        }
+    };
+    let (sx, sy) = (width.div_ceil(64), height.div_ceil(48));
+    let grid = (0..height).step_by(sy).flat_map(|y| (0..width).step_by(sx).map(move |x| (x, y)));
+    let (mut all, mut valid) = (0usize, Vec::new());
+    for (x, y) in grid {
+        all += 1;
+        let depth = at(x, y);
+        if depth.is_finite() && depth > 0.0 {
+            valid.push(depth);
+        }
+    }
+    if valid.is_empty() || valid.len() * 10 < all {
+        return Ok(None);
+    }
+    let middle = valid.len() / 2;
+    Ok(Some(*valid.select_nth_unstable_by(middle, f32::total_cmp).1))
+}
+
 /// How an encoding lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Layout {

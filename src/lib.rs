@@ -24,6 +24,7 @@
 //!     name: "first".into(),
 //!     descriptor: model.describe(&image)?,
 //!     luma_std: image.luma_stats().1,
+//!     median_depth_m: None,
 //!     odom_from_base: None,
 //! };
 //! match detector.process(frame)? {

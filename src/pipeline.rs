@@ -22,6 +22,8 @@ pub struct Frame {
     pub descriptor: Descriptor,
     /// Standard deviation of its luma, 0 to 255.
     pub luma_std: f32,
+    /// Median of the registered depth, metres, where there is one.
+    pub median_depth_m: Option<f32>,
     /// `T_odom_base` at the stamp, metres.
     pub odom_from_base: Option<Isometry3<f64>>,
 }
@@ -30,7 +32,7 @@ pub struct Frame {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Skip {
-    /// Dark, white, constant or covered: there is nothing to recognise.
+    /// Dark, white, constant, covered, or too near a wall: there is nothing to recognise.
     LowQuality,
     /// Sooner than `keyframe.min_interval_s` after the last keyframe, or after the last image that was
     /// described and found to be none.
@@ -409,6 +411,9 @@ impl LoopDetector {
     fn skips_for_its_looks(&self, frame: &Frame) -> Option<Skip> {
         let settings = &self.config.keyframe;
         if frame.luma_std.is_nan() || f64::from(frame.luma_std) < settings.min_luma_std {
+            return Some(Skip::LowQuality);
+        }
+        if frame.median_depth_m.is_some_and(|d| f64::from(d) < settings.min_depth_m) {
             return Some(Skip::LowQuality);
         }
         let (last, descriptor) = self.cameras.get(&frame.camera)?.last.as_ref()?;

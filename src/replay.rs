@@ -457,6 +457,7 @@ fn describe(shot: &Shot, model: &Model, camera: Option<&Camera>, odometry: &Trac
         name: shot.name.clone(),
         descriptor: model.describe(&image).map_err(at)?,
         luma_std: image.luma_stats().1,
+        median_depth_m: None,
         odom_from_base: odometry.at(shot.stamp_ns),
     })
 }

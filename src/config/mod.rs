@@ -36,6 +36,9 @@ section! {
         min_descriptor_change: f64 = 0.01, Kind::Real(0.0, 2.0), live;
         /// Images whose luma varies less than this (standard deviation, 0 to 255) are left out.
         min_luma_std: f64 = 6.0, Kind::Real(0.0, 128.0), live;
+        /// With registered depth: images whose median depth is nearer than this are left out, metres: a
+        /// wall, a lorry. 0: none.
+        min_depth_m: f64 = 0.0, Kind::Real(0.0, 100.0), live;
     }
 }
 

@@ -17,6 +17,9 @@ section! {
         undistort: bool = false, Kind::Flag, restart;
         /// Listen to `odom` (nav_msgs/Odometry): gates by distance, nothing added while parked.
         odometry: bool = true, Kind::Flag, restart;
+        /// Listen to `depth` (sensor_msgs/Image of the same view, 16UC1 in millimetres or 32FC1 in metres);
+        /// with several cameras `NAME/depth`. See `keyframe.min_depth_m`.
+        depth: bool = false, Kind::Flag, restart;
         /// Where odometry arrives: how long an image waits for the pose after it, seconds. The wait
         /// passes while the image is described.
         odometry_wait_s: f64 = 0.1, Kind::Real(0.0, 10.0), live;
@@ -152,6 +155,8 @@ topics! {
     camera_info = "best_effort", 5, "volatile";
     /// In: `odom`.
     odom = "best_effort", 200, "volatile";
+    /// In: `depth`.
+    depth = "best_effort", 5, "volatile";
     /// Out.
     candidates = "reliable", 100, "volatile";
     /// Out.

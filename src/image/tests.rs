@@ -176,3 +176,19 @@ proptest! {
         let _ = RgbImage::decode(&[&[0xff, 0xd8][..], &noise].concat());
     }
 }
+
+#[test]
+fn depth_has_a_median_or_none() {
+    let raw = |encoding, is_bigendian, step, data| RawImage { width: 3, height: 2, encoding, is_bigendian, step, data };
+    let mm: Vec<u8> = [1000u16, 0, 3000, 9999, 2000, 500, 4000, 9999].iter().flat_map(|v| v.to_le_bytes()).collect();
+    // A row of three and one of padding: 1, 3, 2, 0.5 and 4 metres, and a hole.
+    assert_eq!(median_depth_m(&raw("16UC1", false, 8, &mm)).unwrap(), Some(2.0));
+    let m: Vec<u8> = [f32::NAN, 0.0, -1.0, f32::INFINITY, 7.5, 0.0].iter().flat_map(|v| v.to_be_bytes()).collect();
+    assert_eq!(median_depth_m(&raw("32FC1", true, 12, &m)).unwrap(), Some(7.5));
+    assert_eq!(median_depth_m(&raw("16UC1", false, 6, &[0; 12])).unwrap(), None);
+    for bad in
+        [raw("16UC1", false, 5, &mm), raw("32FC1", false, 12, &mm[..12]), raw("rgb8", false, 9, &mm), raw("16UC1", false, u32::MAX, &mm)]
+    {
+        assert!(median_depth_m(&bad).is_err());
+    }
+}

@@ -14,7 +14,7 @@ use crate::bag::messages::{stamp_of, CameraInfo, CompressedImage, Header, Image,
 use crate::config::{Config, Settings};
 use crate::descriptor::Descriptor;
 use crate::error::{read_file, Error, Result};
-use crate::image::{Camera, RgbImage};
+use crate::image::{median_depth_m, Camera, RgbImage};
 use crate::map::Map;
 use crate::model::Model;
 use crate::odometry::Track;
@@ -34,6 +34,10 @@ use std::time::{Duration, Instant};
 const ODOMETRY_KEPT_NS: i64 = 60_000_000_000;
 /// Odometry that has been silent for so long is not waited for.
 const ODOMETRY_SILENT: Duration = Duration::from_secs(1);
+/// Depth images that are remembered per camera.
+const DEPTHS_KEPT: usize = 32;
+/// Depth further from the image's stamp is another view.
+const DEPTH_SLACK_NS: u64 = 50_000_000;
 /// Refused edges that a viewer is shown.
 const REFUSED_KEPT: usize = 50;
 /// So many images wait for odometry before it is taken that there is none.
@@ -99,6 +103,8 @@ struct CameraState {
     rate: Rate,
     last: Option<Instant>,
     received: u64,
+    /// Stamp and median of the last depth images.
+    depth: VecDeque<(i64, Option<f32>)>,
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +138,8 @@ pub struct CameraReport {
     pub level: Level,
     /// Whether a `camera_info` has come.
     pub calibrated: bool,
+    /// The last median depth, metres.
+    pub depth_m: Option<f32>,
 }
 
 /// How the map fares.
@@ -193,6 +201,7 @@ pub struct Engine {
     odometry: Mutex<OdometryState>,
     odometry_came: Condvar,
     settings: Mutex<Settings>,
+    changing: Mutex<()>,
     stats: Mutex<Stats>,
     /// Held while the map is written or replaced; taken before `storage`, which is taken before `detector`.
     saving: Mutex<()>,
@@ -245,6 +254,7 @@ impl Engine {
             odometry: Mutex::default(),
             odometry_came: Condvar::new(),
             settings: Mutex::new(settings),
+            changing: Mutex::default(),
             stats: Mutex::default(),
             saving: Mutex::default(),
             refused: Mutex::default(),
@@ -285,6 +295,11 @@ impl Engine {
         config_hash(lock(&self.detector).config())
     }
 
+    /// Held from reading the settings to [`Self::apply`], so that two changes do not undo each other.
+    pub fn changing(&self) -> MutexGuard<'_, ()> {
+        lock(&self.changing)
+    }
+
     /// Takes new settings, of which those that want a restart are as they were.
     ///
     /// Errors: a setting out of range; then nothing changes.
@@ -323,6 +338,30 @@ impl Engine {
         let calibration = CameraInfo::decode(bytes)?.camera;
         lock(&self.cameras[camera]).calibration = Some(calibration);
         Ok(())
+    }
+
+    /// A depth image has come.
+    ///
+    /// Errors: it does not decode, or is no depth.
+    pub fn depth(&self, camera: usize, bytes: &[u8]) -> Result<()> {
+        let m = Image::decode(bytes)?;
+        let median = median_depth_m(&m.raw())?;
+        let mut state = lock(&self.cameras[camera]);
+        state.depth.push_back((m.header.stamp_ns, median));
+        let surplus = state.depth.len().saturating_sub(DEPTHS_KEPT);
+        state.depth.drain(..surplus);
+        Ok(())
+    }
+
+    /// The median depth at an image's stamp.
+    fn depth_at(&self, camera: usize, stamp_ns: i64) -> Option<f32> {
+        let state = lock(&self.cameras[camera]);
+        let nearest = state.depth.iter().min_by_key(|(t, _)| t.abs_diff(stamp_ns))?;
+        if nearest.0.abs_diff(stamp_ns) <= DEPTH_SLACK_NS {
+            nearest.1
+        } else {
+            None
+        }
     }
 
     /// A `nav_msgs/Odometry` has come.
@@ -401,6 +440,7 @@ impl Engine {
             name: format!("{}.{:09}", header.stamp_ns.div_euclid(1_000_000_000), header.stamp_ns.rem_euclid(1_000_000_000)),
             descriptor: descriptor.clone(),
             luma_std,
+            median_depth_m: self.depth_at(camera, header.stamp_ns),
             odom_from_base,
         };
         let limit = lock(&self.settings).publish.max_candidates;
@@ -712,6 +752,7 @@ impl Engine {
                 silent: state.last.map(|l| now.duration_since(l)),
                 level: self.inbox.level(i),
                 calibrated: state.calibration.is_some(),
+                depth_m: state.depth.back().and_then(|(_, d)| *d),
             }
         };
         self.names.iter().enumerate().map(report).collect()

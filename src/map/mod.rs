@@ -15,6 +15,7 @@ use nalgebra::Isometry3;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// One remembered place.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +54,8 @@ pub struct Map {
     places: Vec<Place>,
     /// Number and length so far of the track of each session's cameras.
     tracks: BTreeMap<(u32, String), Place>,
-    thumbnails: BTreeMap<usize, Vec<u8>>,
+    /// Shared, so that a copy of the map for saving does not copy them.
+    thumbnails: BTreeMap<usize, Arc<[u8]>>,
 }
 
 /// A position along a track: the keyframes of one camera in one session, in order. Neighbourhood is
@@ -139,13 +141,13 @@ impl Map {
 
     /// A small JPEG of a keyframe, if it was kept.
     pub fn thumbnail(&self, row: usize) -> Option<&[u8]> {
-        self.thumbnails.get(&row).map(Vec::as_slice)
+        self.thumbnails.get(&row).map(|jpeg| &**jpeg)
     }
 
     /// Keeps a small JPEG of a keyframe.
     pub fn set_thumbnail(&mut self, row: usize, jpeg: Vec<u8>) {
         if row < self.keyframes.len() {
-            self.thumbnails.insert(row, jpeg);
+            self.thumbnails.insert(row, jpeg.into());
         }
     }
 

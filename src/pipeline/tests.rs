@@ -21,6 +21,7 @@ fn frame(seconds: f64, at: f64) -> Frame {
         name: format!("{seconds}"),
         descriptor: place(at, (seconds * 1e3) as u64),
         luma_std: 40.0,
+        median_depth_m: None,
         odom_from_base: None,
     }
 }
@@ -134,6 +135,17 @@ fn a_robot_that_stands_before_a_fast_camera_is_not_described_without_a_pause() {
     let described = skips.iter().filter(|s| **s == Step::Skipped(Skip::Stationary)).count();
     assert!((55..=66).contains(&described), "ten seconds at most every 0.15 s: {described}");
     assert_eq!(skips.iter().filter(|s| **s == Step::Skipped(Skip::TooSoon)).count(), 299 - described);
+}
+
+#[test]
+fn a_wall_before_the_lens_is_no_place() {
+    let near = |f: Frame, d: f32| Frame { median_depth_m: Some(d), ..f };
+    let mut d = detector(|c| c.keyframe.min_depth_m = 0.8);
+    assert_eq!(d.process(near(frame(0.0, 1.0), 0.79)).unwrap(), Step::Skipped(Skip::LowQuality));
+    assert!(matches!(d.process(near(frame(1.0, 1.0), 0.8)).unwrap(), Step::Keyframe(_)));
+    assert!(matches!(d.process(frame(2.0, 9.0)).unwrap(), Step::Keyframe(_)), "no depth, no verdict");
+    let mut off = detector(|_| {});
+    assert!(matches!(off.process(near(frame(0.0, 1.0), 0.01)).unwrap(), Step::Keyframe(_)));
 }
 
 #[test]

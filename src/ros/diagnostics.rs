@@ -40,6 +40,7 @@ pub struct Diagnostics {
     warned: Vec<Option<Instant>>,
     dropped: Vec<u64>,
     unusable: u64,
+    sessions: u64,
     save_error: Option<String>,
     shown: Option<(u64, u64, usize)>,
 }
@@ -75,6 +76,7 @@ impl Diagnostics {
             warned: vec![None; n],
             dropped: vec![0; n],
             unusable: 0,
+            sessions: 0,
             save_error: None,
             shown: None,
         })
@@ -133,6 +135,7 @@ impl Diagnostics {
             ("queue", report.level.waiting.to_string()),
             ("queue_max", report.level.deepest.to_string()),
             ("camera_info", report.calibrated.to_string()),
+            ("median_depth_m", report.depth_m.map_or("none".into(), |d| format!("{d:.2}"))),
         ];
         status(level, format!("{}: images of {}", self.node, report.name), message, values)
     }
@@ -172,6 +175,11 @@ impl Diagnostics {
         };
         if new > 0 {
             r2r::log_warn!(&self.logger, "{message}");
+        }
+        if stats.sessions != self.sessions {
+            self.sessions = stats.sessions;
+            let session = self.engine.map_report().session;
+            r2r::log_warn!(&self.logger, "session {session} begins: stamps jumped, or a relocalization was asked for");
         }
         let mut values = vec![
             ("keyframes".to_string(), stats.keyframes.to_string()),

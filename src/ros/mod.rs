@@ -243,6 +243,12 @@ fn subscribe(node: &mut Node, engine: &Arc<Engine>, settings: &Settings) -> r2r:
         drains.push(drain(messages, move |bytes| e.image(camera, bytes)));
         inputs.push(Input { name: image, type_name, qos: settings.qos.image.clone() });
 
+        if settings.input.depth {
+            let depth = topic("depth");
+            let messages = node.subscribe_raw(&depth, Image::TYPE, publish::qos(&settings.qos.depth))?;
+            let (e, mut complain) = (engine.clone(), complain_once(logger.clone(), depth));
+            drains.push(drain(messages, move |bytes| complain(e.depth(camera, &bytes))));
+        }
         let info = topic("camera_info");
         let messages = node.subscribe_raw(&info, CameraInfo::TYPE, publish::qos(&settings.qos.camera_info))?;
         let (e, mut complain) = (engine.clone(), complain_once(logger.clone(), info));

@@ -164,6 +164,7 @@ impl Parameters {
 
     /// Sets all or none; the reason against it otherwise.
     fn set(&self, wanted: &[Parameter]) -> Result<(), String> {
+        let _changing = self.engine.changing();
         let mut settings = self.engine.settings();
         let mut sim_time = self.sim_time.load(Ordering::Relaxed);
         for p in wanted {

@@ -96,6 +96,7 @@ pub fn offer(node: &mut Node, runtime: &tokio::runtime::Handle, engine: &Arc<Eng
         SetBool::Response { success: true, message: message.into() }
     });
     service!(SetBool::Service, "localization_only", |engine: &Engine, request: &SetBool::Request| {
+        let _changing = engine.changing();
         let mut settings = engine.settings();
         settings.map.localization_only = request.data;
         let words = if request.data { "places are looked up, none is added" } else { "places are looked up and added" };

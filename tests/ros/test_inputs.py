@@ -173,6 +173,31 @@ def test_parked_with_odometry_adds_nothing(start, robot):
     assert robot.status("pipeline")[2]["reason_STATIONARY"] == "29"
 
 
+def test_depth_tells_a_wall(start, robot):
+    node = start({**QUICK, "input.depth": True, "keyframe.min_depth_m": 1.0, "keyframe.min_descriptor_change": 0.0})
+    heard = robot.candidates()
+    camera, depth = robot.publisher(Image, "image"), robot.publisher(Image, "depth")
+    robot.matched(camera)
+    robot.matched(depth)
+
+    def see(stamp, millimetres):
+        m = Image(height=48, width=64, encoding="16UC1", step=128, data=millimetres.to_bytes(2, "little") * (64 * 48))
+        m.header.stamp.sec = stamp
+        depth.publish(m)
+        robot.spin(0.2)
+        camera.publish(image(stamp, seed=stamp))
+        robot.spin(0.2)
+
+    see(1, 400)
+    see(2, 3000)
+    see(3, 500)
+    robot.until(lambda: robot.status("pipeline")[2].get("reason_LOW_QUALITY") == "2", what="two walls")
+    assert [m.header.stamp.sec for m in heard] == [2]
+    assert robot.status("images of camera")[2]["median_depth_m"] == "0.50"
+    depth.publish(image(4))
+    node.wait_for("image encoding `rgb8` is not supported; supported: 16UC1, 32FC1")
+
+
 def test_the_pair_is_drawn_only_for_who_looks(start, robot):
     start({**QUICK, "decision.min_consistent": 1, "search.exclusion_keyframes": 0, "keyframe.min_descriptor_change": 0.0, "decision.min_margin": 0.0})
     heard = robot.candidates()
