@@ -257,7 +257,7 @@ fn what_is_known_before_describing_agrees_with_what_is_decided_after() {
         None => early.process(f).unwrap(),
     });
     assert_eq!(got.collect::<Vec<_>>(), want);
-    assert!(want.iter().any(|s| *s == Step::Skipped(Skip::TooSoon)) && want.iter().any(|s| *s == Step::Skipped(Skip::Stationary)));
+    assert!(want.contains(&Step::Skipped(Skip::TooSoon)) && want.contains(&Step::Skipped(Skip::Stationary)));
 }
 
 #[test]
