@@ -92,7 +92,7 @@ fn ms(since: Instant) -> f32 {
     since.elapsed().as_secs_f32() * 1e3
 }
 
-/// A thread that panicked has been reported; what it held is whole, since all changes are single calls.
+/// A thread that panicked has been reported, and the node ends for it; what can still be saved is.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -239,7 +239,6 @@ impl Engine {
         let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
         detector.set_robot(robot);
         detector.set_localization_only(settings.map.localization_only);
-        // With one camera the map does not tell cameras apart, as offline.
         let names = settings.input.cameras.clone();
         Ok(Self {
             model,

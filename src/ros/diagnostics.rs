@@ -220,8 +220,8 @@ impl Diagnostics {
             ("keyframes", map.keyframes.to_string()),
             ("closures", map.closures.to_string()),
             ("session", map.session.to_string()),
-            ("file", map.file.map_or("(memory only)".into(), |f| f.display().to_string())),
-            ("saved", map.saved.to_string()),
+            ("saved", if map.file.is_some() { map.saved.to_string() } else { "memory only".into() }),
+            ("file", map.file.map_or(String::new(), |f| f.display().to_string())),
             ("localization_only", map.localization_only.to_string()),
             ("memory_mib", memory_mib().map_or("unknown".into(), |m| format!("{m:.1}"))),
         ];

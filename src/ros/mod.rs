@@ -152,10 +152,10 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
         if sim_time.load(Ordering::Relaxed) != simulated {
             simulated = !simulated;
             let source = node.get_time_source();
-            if simulated {
-                source.enable_sim_time(node).map_err(ros("use_sim_time"))?;
-            } else {
+            if !simulated {
                 source.disable_sim_time();
+            } else if let Err(e) = source.enable_sim_time(node) {
+                r2r::log_error!(logger, "use_sim_time: {e}");
             }
         }
         node.spin_once(SPIN);
@@ -183,7 +183,10 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
     Ok(())
 }
 
-/// The first SIGINT or SIGTERM ends the node in order, the second at once.
+/// A second signal so soon after the first is the same wish: a terminal and a launch file both pass it on.
+const SAME_SIGNAL: Duration = Duration::from_secs(2);
+
+/// The first SIGINT or SIGTERM ends the node in order; one that comes when that should be over, at once.
 fn end_on_signals(runtime: &tokio::runtime::Runtime, stop: &Arc<AtomicBool>) -> Result<(), String> {
     use tokio::signal::unix::{signal, SignalKind};
     let _context = runtime.enter();
@@ -192,13 +195,15 @@ fn end_on_signals(runtime: &tokio::runtime::Runtime, stop: &Arc<AtomicBool>) -> 
     let mut terminate = signal(SignalKind::terminate()).map_err(bad)?;
     let stop = stop.clone();
     runtime.spawn(async move {
+        let mut first: Option<Instant> = None;
         loop {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
             }
-            if stop.swap(true, Ordering::Relaxed) {
-                eprintln!("structvpr_node: second signal: ending at once");
+            stop.store(true, Ordering::Relaxed);
+            if first.get_or_insert_with(Instant::now).elapsed() > SAME_SIGNAL {
+                eprintln!("structvpr_node: another signal: ending at once");
                 std::process::exit(130);
             }
         }
