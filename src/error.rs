@@ -70,6 +70,12 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// Local features that cannot be used.
+    #[error("features: {reason}")]
+    Features {
+        /// What is wrong.
+        reason: String,
+    },
     /// Bytes that are not the CDR message they claim to be.
     #[error("CDR at byte {offset}: {reason}")]
     Cdr {

@@ -242,6 +242,13 @@ impl RgbImage {
         Ok(out.as_slice().to_vec())
     }
 
+    /// Luma, for the detectors of points.
+    pub(crate) fn grey(&self) -> Result<Mat> {
+        let mut grey = Mat::default();
+        imgproc::cvt_color_def(&self.mat()?, &mut grey, imgproc::COLOR_RGB2GRAY)?;
+        Ok(grey)
+    }
+
     fn mat(&self) -> Result<Mat> {
         mat(self.height, &self.data, 3)
     }

@@ -41,6 +41,8 @@ pub mod dataset;
 pub mod descriptor;
 pub mod error;
 pub mod eval;
+pub mod features;
+pub mod geometry;
 pub mod image;
 pub mod live;
 pub mod map;

@@ -18,8 +18,9 @@ fn sources(dir: &Path) -> Vec<(PathBuf, String)> {
 }
 
 /// Lower layers first; each may use itself and those before it.
-const LAYERS: [&str; 15] = [
-    "error", "simd", "pickle", "odometry", "image", "config", "map", "model", "pipeline", "eval", "dataset", "bag", "replay", "live", "ros",
+const LAYERS: [&str; 17] = [
+    "error", "simd", "pickle", "odometry", "image", "config", "features", "geometry", "map", "model", "pipeline", "eval", "dataset", "bag",
+    "replay", "live", "ros",
 ];
 
 #[test]
