@@ -29,11 +29,7 @@ def generate_launch_description():
         DeclareLaunchArgument("odom_topic", default_value="/odom", description="The bag's odometry."),
         DeclareLaunchArgument("compressed", default_value="false", description="true: the images are image_topic/compressed."),
         DeclareLaunchArgument("map_file", default_value="", description="Map that is continued; empty: none is kept."),
-        DeclareLaunchArgument(
-            "params_file",
-            default_value=os.path.join(SHARE, "config", "bag_replay.yaml"),
-            description="Parameters; the default drops nothing.",
-        ),
+        DeclareLaunchArgument("params_file", default_value="bag_replay.yaml", description="Parameters; the default drops nothing."),
         DeclareLaunchArgument("rviz", default_value="false", description="true: show it in RViz."),
     ]
     same = ["image_topic", "odom_topic", "compressed", "map_file", "params_file"]

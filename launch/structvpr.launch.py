@@ -16,7 +16,7 @@ ARGUMENTS = [
     ("camera_info_topic", "", "Its calibration; empty: camera_info beside image_topic."),
     ("odom_topic", "odom", "nav_msgs/Odometry; nothing has to be published there."),
     ("compressed", "false", "true: listen to image_topic/compressed (JPEG or PNG)."),
-    ("params_file", os.path.join(SHARE, "config", "structvpr.yaml"), "Parameters; presets lie beside the default one."),
+    ("params_file", "structvpr.yaml", "Parameters: a path, or a preset by its name, as jetson.yaml."),
     ("map_file", "", "Map that is loaded, continued and saved; empty: as params_file says."),
     ("match_stamps_topic", "", "Where [t_query, t_match] of each closure goes; empty: ~/match_stamps."),
     ("use_sim_time", "false", "Take the time from /clock."),
@@ -28,6 +28,10 @@ ARGUMENTS = [
 def start(context):
     given = {name: LaunchConfiguration(name).perform(context) for name, _, _ in ARGUMENTS}
     true = lambda name: given[name].lower() in ("true", "1")  # noqa: E731
+    preset = os.path.join(SHARE, "config", given["params_file"])
+    params = given["params_file"] if os.path.isfile(given["params_file"]) else preset
+    if not os.path.isfile(params):
+        raise FileNotFoundError(f"params_file: neither {given['params_file']} nor {preset} is there")
     image = given["image_topic"].removesuffix("/compressed")
     info = given["camera_info_topic"] or "/".join(image.split("/")[:-1] + ["camera_info"])
     remappings = [
@@ -51,7 +55,7 @@ def start(context):
             executable="structvpr_node",
             name="structvpr",
             namespace=given["namespace"],
-            parameters=[given["params_file"], overrides],
+            parameters=[params, overrides],
             remappings=remappings,
             arguments=["--ros-args", "--log-level", given["log_level"]],
             additional_env=profile if true("fastdds_profile") else {},
