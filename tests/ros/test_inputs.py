@@ -10,7 +10,14 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Float64MultiArray
 from structvpr.msg import LoopClosureCandidate as C, LoopClosureCandidates
 
-QUICK = {"decision.min_consistent": 2, "publish.diagnostics_period_s": 0.1, "qos.image.reliability": "reliable", "input.queue_depth": 1000}
+# Deep queues everywhere: these tests send bursts, and count.
+QUICK = {
+    "decision.min_consistent": 2,
+    "publish.diagnostics_period_s": 0.1,
+    "qos.image.reliability": "reliable",
+    "qos.image.depth": 1000,
+    "input.queue_depth": 1000,
+}
 
 
 def image(stamp, width=64, height=48, encoding="rgb8", step=None, seed=0, size=None):
@@ -52,7 +59,7 @@ def test_another_type_on_the_topic_is_named(start, robot):
 def test_garbage_does_no_harm(start, robot):
     start({**QUICK, "keyframe.min_luma_std": 0.0, "keyframe.min_descriptor_change": 0.0})
     heard = robot.candidates()
-    camera = robot.publisher(Image, "image")
+    camera = robot.publisher(Image, "image", qos(1000))
     robot.matched(camera)
     garbage = [
         image(1, encoding="mp3"),
@@ -76,7 +83,7 @@ def test_garbage_does_no_harm(start, robot):
         camera.publish(image(100 + i, seed=i))
     robot.until(lambda: len([m for m in heard if m.header.stamp.sec >= 100]) == 5, what="the good images")
     level, message, values = robot.status("pipeline")
-    assert int(values["unusable"]) >= 8 and values["keyframes"] == str(len(heard))
+    assert int(values["unusable"]) >= 12 and values["keyframes"] == str(len(heard))
 
 
 def test_an_image_of_another_size_is_used_too(start, robot):
@@ -249,7 +256,7 @@ def test_an_edge_for_kimera_and_hydra(start, robot):
 
 
 def test_late_images_are_dropped_oldest_first_and_counted(start, robot):
-    start({**QUICK, "input.queue_depth": 2, "qos.image.depth": 200, "keyframe.min_interval_s": 0.0, "keyframe.min_descriptor_change": 0.0})
+    start({**QUICK, "input.queue_depth": 2, "keyframe.min_interval_s": 0.0, "keyframe.min_descriptor_change": 0.0})
     heard = robot.candidates()
     camera = robot.publisher(Image, "image", qos(1000))
     robot.matched(camera)
