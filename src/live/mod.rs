@@ -669,6 +669,10 @@ impl Engine {
         }
         let mut storage = lock(&self.storage);
         let mut detector = lock(&self.detector);
+        // What was added while the copy was being written belongs to the old map too.
+        if let (Some(backup), true) = (&kept, detector.map().revision() != old.revision()) {
+            detector.map().save(backup)?;
+        }
         storage.saved_revision = match file {
             Some(_) => map.revision(),
             // An empty map that was not written yet.
