@@ -104,6 +104,11 @@ impl Pickle {
     ///
     /// Errors: [`Error::Weights`] naming the offset.
     pub fn parse(bytes: &[u8]) -> Result<Self> {
+        Ok(Self::parse_prefix(bytes)?.0)
+    }
+
+    /// As [`Self::parse`], where other bytes may follow; with the number of bytes that the pickle took.
+    pub fn parse_prefix(bytes: &[u8]) -> Result<(Self, usize)> {
         let mut m = Machine { bytes, at: 0, nodes: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
         loop {
             let at = m.at;
@@ -114,7 +119,7 @@ impl Pickle {
             }
         }
         match m.stack.pop() {
-            Some(root) => Ok(Self { nodes: m.nodes, root }),
+            Some(root) => Ok((Self { nodes: m.nodes, root }, m.at)),
             None => Err(Error::weights("pickle: empty stack at STOP")),
         }
     }
