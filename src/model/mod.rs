@@ -1,14 +1,25 @@
 //! The descriptor model: MobileNetV2 with three taps (method of StructVPR's rgb branch), its
 //! weights and its preprocessing.
 
+mod container;
 pub mod kernels;
+mod layers;
+mod local;
 mod mobilenet_v2;
+mod onnx;
 mod pooling;
+mod superglue;
+mod superpoint;
 mod weights;
+mod xfeat;
 
+pub use local::{load_superglue, Architecture, LocalNet, LocalWeights};
 pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
+pub use superglue::{Side, SuperGlue};
+pub use superpoint::{Dense, SuperPoint, CELL};
 pub use weights::{ModelSpec, Weights, ARCHITECTURE, MAX_SIDE};
+pub use xfeat::XFeat;
 
 use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
@@ -99,5 +110,7 @@ impl Model {
     }
 }
 
+#[cfg(test)]
+mod local_tests;
 #[cfg(test)]
 mod tests;

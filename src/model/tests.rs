@@ -1,4 +1,4 @@
-use super::weights::NamedTensor;
+use super::container::NamedTensor;
 use super::*;
 use crate::eval::read_matrix;
 use crate::test_noise;
@@ -10,7 +10,7 @@ fn noise(seed: usize, n: usize) -> Vec<f32> {
 }
 
 /// A safetensors file of f32 tensors.
-fn file(tensors: &[NamedTensor]) -> Vec<u8> {
+pub(super) fn file(tensors: &[NamedTensor]) -> Vec<u8> {
     let bytes: Vec<Vec<u8>> = tensors.iter().map(|(_, _, v)| v.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
     let views = tensors
         .iter()
@@ -134,7 +134,7 @@ fn missing_extra_and_misshapen_tensors_are_named() {
 fn a_checkpoint_that_pytorch_wrote_is_read() {
     // tests/golden/torch_checkpoint.py wrote it with PyTorch: every storage type we read, a view with
     // an offset and other strides, a parameter, a counter.
-    let tensors = super::weights::read_pth_for_tests(include_bytes!("../../tests/golden/tensors.pth")).unwrap();
+    let tensors = super::container::read_for_tests(include_bytes!("../../tests/golden/tensors.pth")).unwrap();
     let want: HashMap<&str, (Vec<usize>, Vec<f32>)> = HashMap::from([
         ("f32", (vec![2, 3], vec![0.0, 0.5, 1.0, 1.5, 2.0, 2.5])),
         ("f64", (vec![2], vec![0.25, -4.0])),

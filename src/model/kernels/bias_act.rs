@@ -45,26 +45,27 @@ impl CustomOp2 for BiasAct {
     }
 }
 
-struct Relu6Grad;
+struct ClampGrad(f32);
 
 /// The gradient before the activation: that after it where the activation has slope 1, else 0.
 /// `res` is the activation's output.
 pub(super) fn masked_grad(activation: Activation, res: &Tensor, grad: &Tensor) -> Result<Tensor> {
     match activation {
         Activation::None => grad.contiguous(),
-        Activation::Relu6 => res.contiguous()?.apply_op2_no_bwd(&grad.contiguous()?, &Relu6Grad),
+        Activation::Relu => res.contiguous()?.apply_op2_no_bwd(&grad.contiguous()?, &ClampGrad(f32::INFINITY)),
+        Activation::Relu6 => res.contiguous()?.apply_op2_no_bwd(&grad.contiguous()?, &ClampGrad(6.0)),
     }
 }
 
-impl CustomOp2 for Relu6Grad {
+impl CustomOp2 for ClampGrad {
     fn name(&self) -> &'static str {
-        "relu6_grad"
+        "clamp_grad"
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
         let res = contiguous(self.name(), s1, l1)?;
         let grad = contiguous(self.name(), s2, l2)?;
-        let out = res.par_iter().with_min_len(1 << 14).zip(grad).map(|(r, g)| if *r > 0.0 && *r < 6.0 { *g } else { 0.0 }).collect();
+        let out = res.par_iter().with_min_len(1 << 14).zip(grad).map(|(r, g)| if *r > 0.0 && *r < self.0 { *g } else { 0.0 }).collect();
         Ok((CpuStorage::F32(out), l2.shape().clone()))
     }
 }

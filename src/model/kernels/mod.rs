@@ -1,12 +1,15 @@
 //! Our Candle custom ops: what Candle's own CPU paths do too slowly.
 //!
-//! Every op has a gradient, so that training runs the same code as inference.
+//! The descriptor's ops have gradients, so that training runs the same code as inference; [`Conv3x3`], which only
+//! the networks for local features use, has none.
 
 mod bias_act;
 mod depthwise;
+mod winograd;
 
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
+pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};
 
@@ -15,6 +18,8 @@ pub(crate) use crate::simd::{dispatch, fma, Isa};
 pub enum Activation {
     /// Nothing (the linear bottleneck of an inverted residual).
     None,
+    /// `max(x, 0)`.
+    Relu,
     /// `min(max(x, 0), 6)`.
     Relu6,
 }
@@ -24,6 +29,13 @@ impl Activation {
     fn apply(self, x: f32) -> f32 {
         match self {
             Self::None => x,
+            Self::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
             // `clamp` keeps NaN, so that a broken input is seen downstream.
             Self::Relu6 => x.clamp(0.0, 6.0),
         }

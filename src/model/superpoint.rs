@@ -1,0 +1,192 @@
+//! SuperPoint (DeTone, Malisiewicz and Rabinovich, CVPRW 2018): one encoder, a detector of 64 pixels and a dustbin
+//! per 8x8 cell, and a descriptor per cell. The VGG encoder of the paper, and a squeeze-and-expand encoder (the fire
+//! modules of SqueezeNet, Iandola et al., 2016) with the same interface.
+//!
+//! Magic Leap's own weights are for non-commercial use; we ship none.
+
+use super::kernels::Activation;
+use super::layers::{max_pool2, Layer};
+use crate::error::Result;
+use candle_core::{Tensor, D};
+use std::collections::BTreeMap;
+
+/// Channels of a descriptor.
+pub const DESCRIPTOR: usize = 256;
+/// Pixels along a cell's side.
+pub const CELL: usize = 8;
+/// Pixels of a cell and the dustbin.
+const DETECTOR: usize = CELL * CELL + 1;
+
+/// The VGG encoder, layer by layer: name, inputs, outputs, whether a 2x2 maximum follows.
+const VGG: [(&str, usize, usize, bool); 8] = [
+    ("conv1a", 1, 64, false),
+    ("conv1b", 64, 64, true),
+    ("conv2a", 64, 64, false),
+    ("conv2b", 64, 64, true),
+    ("conv3a", 64, 128, false),
+    ("conv3b", 128, 128, true),
+    ("conv4a", 128, 128, false),
+    ("conv4b", 128, 128, false),
+];
+
+/// The fire modules: inputs, squeezed channels, channels of each half, whether a 2x2 maximum follows.
+const FIRE: [(usize, usize, usize, bool); 6] =
+    [(64, 16, 32, false), (64, 16, 32, true), (64, 32, 64, false), (128, 32, 64, true), (128, 48, 64, false), (128, 48, 64, false)];
+
+/// A convolution's name and the shape of its weight, O x I x K x K.
+pub(super) type Spec = (String, [usize; 4]);
+
+fn heads() -> Vec<Spec> {
+    let convs = [
+        ("convPa", [256, 128, 3, 3]),
+        ("convPb", [DETECTOR, 256, 1, 1]),
+        ("convDa", [256, 128, 3, 3]),
+        ("convDb", [DESCRIPTOR, 256, 1, 1]),
+    ];
+    convs.map(|(n, s)| (n.to_string(), s)).to_vec()
+}
+
+/// Convolutions of the VGG network in order: encoder, detector head, descriptor head.
+pub(super) fn vgg_specs() -> Vec<Spec> {
+    VGG.iter().map(|(name, i, o, _)| (name.to_string(), [*o, *i, 3, 3])).chain(heads()).collect()
+}
+
+/// Convolutions of the squeeze network, in the order in which they run.
+pub(super) fn squeeze_specs() -> Vec<Spec> {
+    let mut specs = vec![("conv1a".to_string(), [64, 1, 3, 3]), ("conv1b".to_string(), [64, 64, 3, 3])];
+    for (at, (inputs, squeezed, half, _)) in FIRE.into_iter().enumerate() {
+        specs.push((format!("fire{at}.squeeze"), [squeezed, inputs, 1, 1]));
+        specs.push((format!("fire{at}.expand1"), [half, squeezed, 1, 1]));
+        specs.push((format!("fire{at}.expand3"), [half, squeezed, 3, 3]));
+    }
+    specs.into_iter().chain(heads()).collect()
+}
+
+/// A fire module.
+#[derive(Debug)]
+struct Fire {
+    squeeze: Layer,
+    expand1: Layer,
+    expand3: Layer,
+    pool: bool,
+}
+
+#[derive(Debug)]
+enum Encoder {
+    Vgg(Vec<Layer>),
+    Squeeze { stem: Vec<Layer>, fires: Vec<Fire> },
+}
+
+/// What the network says of every cell.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    /// 65 x H/8 x W/8, before the softmax.
+    pub logits: Tensor,
+    /// D x H/8 x W/8, unit length per cell.
+    pub descriptors: Tensor,
+    /// How reliable a cell is, 0 to 1, H/8 x W/8; `None`: the network does not say.
+    pub reliability: Option<Tensor>,
+}
+
+/// The network.
+#[derive(Debug)]
+pub struct SuperPoint {
+    encoder: Encoder,
+    detector: [Layer; 2],
+    /// `None`: a detector alone (MagicPoint).
+    descriptor: Option<[Layer; 2]>,
+}
+
+impl SuperPoint {
+    /// The VGG network from folded tensors by the original names; without the descriptor's, a detector.
+    pub fn vgg(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let layers = VGG.iter().map(|(name, _, _, pool)| Layer::new(tensors, name, Activation::Relu, 1, *pool));
+        let descriptor = tensors.contains_key("convDa.weight").then(|| head(tensors, "convDa", "convDb")).transpose()?;
+        Ok(Self { encoder: Encoder::Vgg(layers.collect::<Result<_>>()?), detector: head(tensors, "convPa", "convPb")?, descriptor })
+    }
+
+    /// The squeeze network.
+    pub fn squeeze(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
+        let layer = |name: &str, pool| Layer::new(tensors, name, Activation::Relu, 1, pool);
+        let stem = vec![layer("conv1a", false)?, layer("conv1b", true)?];
+        let fire = |(at, (_, _, _, pool)): (usize, &(usize, usize, usize, bool))| {
+            Ok(Fire {
+                squeeze: layer(&format!("fire{at}.squeeze"), false)?,
+                expand1: layer(&format!("fire{at}.expand1"), false)?,
+                expand3: layer(&format!("fire{at}.expand3"), false)?,
+                pool: *pool,
+            })
+        };
+        let fires = FIRE.iter().enumerate().map(fire).collect::<Result<_>>()?;
+        Ok(Self {
+            encoder: Encoder::Squeeze { stem, fires },
+            detector: head(tensors, "convPa", "convPb")?,
+            descriptor: Some(head(tensors, "convDa", "convDb")?),
+        })
+    }
+
+    /// The encoder's outputs in order, the last is what both heads read. `x`: 1 x 1 x H x W, luma 0 to 1, H and W
+    /// multiples of 8.
+    pub fn encode(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        let mut all = Vec::new();
+        let mut x = x.clone();
+        match &self.encoder {
+            Encoder::Vgg(layers) => {
+                for layer in layers {
+                    x = layer.forward(&x)?;
+                    all.push(x.clone());
+                }
+            }
+            Encoder::Squeeze { stem, fires } => {
+                for layer in stem {
+                    x = layer.forward(&x)?;
+                }
+                for fire in fires {
+                    let squeezed = fire.squeeze.forward(&x)?;
+                    x = Tensor::cat(&[fire.expand1.forward(&squeezed)?, fire.expand3.forward(&squeezed)?], 1)?;
+                    if fire.pool {
+                        x = max_pool2(&x)?;
+                    }
+                }
+                all.push(x);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whether the network describes what it detects.
+    pub fn describes(&self) -> bool {
+        self.descriptor.is_some()
+    }
+
+    /// Detector's logits, 65 x H/8 x W/8.
+    pub fn detect(&self, encoded: &Tensor) -> Result<Tensor> {
+        Ok(self.detector[1].forward(&self.detector[0].forward(encoded)?)?.squeeze(0)?)
+    }
+
+    /// Logits and unit descriptors of every cell; zero descriptors where the network has none.
+    pub fn dense(&self, x: &Tensor) -> Result<Dense> {
+        let encoded = self.encode(x)?.pop().unwrap_or_else(|| x.clone());
+        let logits = self.detect(&encoded)?;
+        let descriptors = match &self.descriptor {
+            Some([a, b]) => unit_columns(&b.forward(&a.forward(&encoded)?)?.squeeze(0)?)?,
+            None => logits.narrow(0, 0, 1)?.zeros_like()?,
+        };
+        Ok(Dense { logits, descriptors, reliability: None })
+    }
+}
+
+fn head(tensors: &BTreeMap<String, Tensor>, first: &str, last: &str) -> Result<[Layer; 2]> {
+    Ok([Layer::new(tensors, first, Activation::Relu, 1, false)?, Layer::new(tensors, last, Activation::None, 1, false)?])
+}
+
+/// C x H x W with the C values of each cell at unit length.
+pub(super) fn unit_columns(x: &Tensor) -> Result<Tensor> {
+    let norm = x.sqr()?.sum_keepdim(0)?.sqrt()?;
+    Ok(x.broadcast_div(&norm.maximum(1e-12)?)?)
+}
+
+/// Mean over the last two axes.
+pub(super) fn mean_over_image(x: &Tensor) -> Result<Tensor> {
+    Ok(x.mean_keepdim(D::Minus1)?.mean_keepdim(D::Minus2)?)
+}
