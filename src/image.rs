@@ -38,7 +38,7 @@ pub struct RawImage<'a> {
 }
 
 /// Pinhole (`plumb_bob`, `rational_polynomial`) or `equidistant` (fisheye) calibration.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Camera {
     /// Columns of the image that was calibrated.
     pub width: u32,
@@ -249,6 +249,11 @@ impl RgbImage {
         Ok(grey)
     }
 
+    /// Rec. 601 luma, row by row.
+    pub fn luma(&self) -> Result<Vec<u8>> {
+        Ok(self.grey()?.data_bytes()?.to_vec())
+    }
+
     fn mat(&self) -> Result<Mat> {
         mat(self.height, &self.data, 3)
     }
@@ -260,40 +265,87 @@ impl RgbImage {
     }
 }
 
-/// Median of a depth image (`16UC1` in millimetres, `32FC1` in metres), metres, over a grid of some
-/// thousand pixels. `None` where fewer than a tenth of them have a depth.
-///
-/// Errors: another encoding, a header that does not fit the data.
-pub fn median_depth_m(raw: &RawImage) -> Result<Option<f32>> {
-    check_size(raw.width.into(), raw.height.into())?;
-    let bytes = match raw.encoding {
-        "16UC1" | "mono16" => 2,
-        "32FC1" => 4,
-        other => return Err(Error::ImageEncoding { encoding: other.chars().take(32).collect(), supported: "16UC1, 32FC1" }),
-    };
-    let (width, height, step) = (raw.width as usize, raw.height as usize, raw.step as usize);
-    let need = (height - 1).saturating_mul(step).saturating_add(width * bytes);
-    if step < width * bytes || raw.data.len() < need {
-        return Err(Error::image(format!("depth {width}x{height} with step {step} wants {need} bytes, got {}", raw.data.len())));
+/// A registered depth image as it lies in its message.
+struct Depth<'a> {
+    raw: &'a RawImage<'a>,
+    bytes: usize,
+}
+
+impl<'a> Depth<'a> {
+    fn new(raw: &'a RawImage<'a>) -> Result<Self> {
+        check_size(raw.width.into(), raw.height.into())?;
+        let bytes = match raw.encoding {
+            "16UC1" | "mono16" => 2,
+            "32FC1" => 4,
+            other => return Err(Error::ImageEncoding { encoding: other.chars().take(32).collect(), supported: "16UC1, 32FC1" }),
+        };
+        let (width, height, step) = (raw.width as usize, raw.height as usize, raw.step as usize);
+        let need = (height - 1).saturating_mul(step).saturating_add(width * bytes);
+        if step < width * bytes || raw.data.len() < need {
+            return Err(Error::image(format!("depth {width}x{height} with step {step} wants {need} bytes, got {}", raw.data.len())));
+        }
+        Ok(Self { raw, bytes })
     }
-    let at = |x: usize, y: usize| {
-        let b = &raw.data[y * step + x * bytes..][..bytes];
-        match (b, raw.is_bigendian) {
+
+    /// Metres; not above 0 or not finite: none.
+    fn at(&self, x: usize, y: usize) -> f32 {
+        let b = &self.raw.data[y * self.raw.step as usize + x * self.bytes..][..self.bytes];
+        match (b, self.raw.is_bigendian) {
             ([a, b], false) => f32::from(u16::from_le_bytes([*a, *b])) / 1000.0,
             ([a, b], true) => f32::from(u16::from_be_bytes([*a, *b])) / 1000.0,
             ([a, b, c, d], false) => f32::from_le_bytes([*a, *b, *c, *d]),
             ([a, b, c, d], true) => f32::from_be_bytes([*a, *b, *c, *d]),
             _ => f32::NAN,
         }
+    }
+}
+
+/// Depth at points (x, y in pixels of an image of `size`) of a registered depth image of any size, metres; 0 where
+/// there is none, or where the 3x3 around it spreads over more than a tenth: the edge of something, where a point may
+/// lie on either side.
+///
+/// Errors: as [`median_depth_m`].
+pub fn depths_at(raw: &RawImage, size: (u32, u32), points: &[[f32; 2]]) -> Result<Vec<f32>> {
+    let depth = Depth::new(raw)?;
+    let (width, height) = (raw.width as usize, raw.height as usize);
+    let (sx, sy) = (width as f32 / size.0.max(1) as f32, height as f32 / size.1.max(1) as f32);
+    let one = |p: &[f32; 2]| {
+        // Centre on centre, whatever the scale.
+        let along = |v: f32, scale: f32| ((v + 0.5) * scale - 0.5).round();
+        let (x, y) = (along(p[0], sx), along(p[1], sy));
+        if !(x >= 1.0 && y >= 1.0 && x + 1.0 < width as f32 && y + 1.0 < height as f32) {
+            return 0.0;
+        }
+        let (x, y) = (x as usize, y as usize);
+        let mut near: Vec<f32> = (y - 1..=y + 1).flat_map(|y| (x - 1..=x + 1).map(move |x| (x, y))).map(|(x, y)| depth.at(x, y)).collect();
+        if !near.iter().all(|d| d.is_finite() && *d > 0.0) {
+            return 0.0;
+        }
+        near.sort_by(f32::total_cmp);
+        if near[8] - near[0] > 0.1 * near[4] {
+            0.0
+        } else {
+            near[4]
+        }
     };
+    Ok(points.iter().map(one).collect())
+}
+
+/// Median of a depth image (`16UC1` in millimetres, `32FC1` in metres), metres, over a grid of some
+/// thousand pixels. `None` where fewer than a tenth of them have a depth.
+///
+/// Errors: another encoding, a header that does not fit the data.
+pub fn median_depth_m(raw: &RawImage) -> Result<Option<f32>> {
+    let depth = Depth::new(raw)?;
+    let (width, height) = (raw.width as usize, raw.height as usize);
     let (sx, sy) = (width.div_ceil(64), height.div_ceil(48));
     let grid = (0..height).step_by(sy).flat_map(|y| (0..width).step_by(sx).map(move |x| (x, y)));
     let (mut all, mut valid) = (0usize, Vec::new());
     for (x, y) in grid {
         all += 1;
-        let depth = at(x, y);
-        if depth.is_finite() && depth > 0.0 {
-            valid.push(depth);
+        let metres = depth.at(x, y);
+        if metres.is_finite() && metres > 0.0 {
+            valid.push(metres);
         }
     }
     if valid.is_empty() || valid.len() * 10 < all {

@@ -2,12 +2,33 @@
 //!
 //! Behind one trait, so that verification does not know who found them. OpenCV's need no weights.
 
+mod compact;
+mod keypoints;
+mod learned;
 mod opencv;
 
+pub use self::compact::CompactFeatures;
+pub use self::keypoints::{points, Detection, Points};
+pub use self::learned::Learned;
 pub use self::opencv::{Classic, ClassicKind};
 
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
+use crate::model::{Architecture, LocalWeights};
+
+/// Images are scaled so that their longer side is at most this long: an even field of view for every camera, and what
+/// the networks were trained on.
+pub const LONGER_SIDE: u32 = 640;
+
+/// Smaller images have no room for a pyramid, which OpenCV refuses to build, nor for a border.
+const SMALLEST_SIDE: u32 = 32;
+
+/// Columns and rows of `image` once its longer side is at most [`LONGER_SIDE`].
+fn longer_side(image: &RgbImage) -> (u32, u32) {
+    let longer = image.width().max(image.height()).max(LONGER_SIDE);
+    let side = |n: u32| ((u64::from(n) * u64::from(LONGER_SIDE)).div_ceil(u64::from(longer)) as u32).max(1);
+    (side(image.width()), side(image.height()))
+}
 
 /// Points of one image with a descriptor each.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +39,7 @@ pub struct Features {
     points: Vec<[f32; 2]>,
     scores: Vec<f32>,
     descriptors: Vec<f32>,
+    depths: Vec<f32>,
 }
 
 impl Features {
@@ -41,7 +63,23 @@ impl Features {
             }
             row.iter_mut().for_each(|v| *v /= norm);
         }
-        Ok(Self { width, height, dim, points, scores, descriptors })
+        Ok(Self { width, height, dim, points, scores, descriptors, depths: Vec::new() })
+    }
+
+    /// With the depth of every point along the optical axis, metres; what is not above 0 is unknown.
+    ///
+    /// Errors: another number than of points.
+    pub fn with_depths(mut self, depths: Vec<f32>) -> Result<Self> {
+        if depths.len() != self.points.len() {
+            return Err(Error::Features { reason: format!("{} depths for {} points", depths.len(), self.points.len()) });
+        }
+        self.depths = depths;
+        Ok(self)
+    }
+
+    /// Depth of every point, metres; empty where none is known.
+    pub fn depths(&self) -> &[f32] {
+        &self.depths
     }
 
     /// Number of points.
@@ -85,6 +123,13 @@ pub trait LocalFeatures: Send + Sync {
     /// Name as in settings and reports.
     fn name(&self) -> &str;
 
+    /// Name and, where there are weights, the beginning of their hash: features of one identity compare with each
+    /// other.
+    fn identity(&self) -> String;
+
+    /// Values per descriptor.
+    fn dim(&self) -> usize;
+
     /// Features of an image, best first, not more than the extractor's limit. Points are in pixels of the
     /// image as the extractor scaled it, whose size [`Features::size`] gives.
     ///
@@ -92,14 +137,35 @@ pub trait LocalFeatures: Send + Sync {
     fn extract(&self, image: &RgbImage) -> Result<Features>;
 }
 
-/// The extractor of a name: `sift`, `orb` or `akaze`.
+/// What a setting or flag may name: OpenCV's, which need no weights, then the networks.
+pub fn names() -> Vec<&'static str> {
+    let nets = [Architecture::SuperpointVgg, Architecture::SuperpointSqueeze, Architecture::Xfeat];
+    ClassicKind::ALL.map(ClassicKind::name).into_iter().chain(nets.map(Architecture::name)).chain(["superpoint"]).collect()
+}
+
+/// The extractor of a name. A network wants its weights: `superpoint` takes those of any SuperPoint.
 ///
-/// Errors: an unknown name; the known ones are listed.
-pub fn by_name(name: &str, max_points: usize) -> Result<Box<dyn LocalFeatures>> {
-    let kind = ClassicKind::ALL.into_iter().find(|k| k.name() == name).ok_or_else(|| Error::Features {
-        reason: format!("`{name}` is not known; known: {}", ClassicKind::ALL.map(ClassicKind::name).join(", ")),
-    })?;
-    Ok(Box::new(Classic::new(kind, max_points)))
+/// Errors: an unknown name; a network without weights, or with another's.
+pub fn by_name(name: &str, weights: Option<&LocalWeights>, max_points: usize) -> Result<Box<dyn LocalFeatures>> {
+    let bad = |reason: String| Err(Error::Features { reason });
+    if let Some(kind) = ClassicKind::ALL.into_iter().find(|k| k.name() == name) {
+        return match weights {
+            Some(w) => bad(format!("`{name}` needs no weights, and these are of {}; name the network instead", w.architecture.name())),
+            None => Ok(Box::new(Classic::new(kind, max_points))),
+        };
+    }
+    if !names().contains(&name) {
+        return bad(format!("`{name}` is not known; known: {}", names().join(", ")));
+    }
+    let Some(weights) = weights else {
+        return bad(format!("`{name}` is a network and needs its weights; `structvpr models` says where to get them"));
+    };
+    let found = weights.architecture.name();
+    let fits = found == name || (name == "superpoint" && found.starts_with("superpoint"));
+    if !fits {
+        return bad(format!("`{name}` is named, but the weights are of {found}"));
+    }
+    Ok(Box::new(Learned::new(weights, max_points)?))
 }
 
 #[cfg(test)]
@@ -115,7 +181,8 @@ mod tests {
         assert!(said(vec![[1.0, 1.0]], vec![0.0, 0.0]).contains("length 0"));
         assert!(said(vec![[1.0, 1.0]], vec![f32::NAN, 0.0]).contains("NaN"));
         assert!(said(vec![[1.0, 1.0]], vec![1.0]).contains("1 values of 2-d"));
-        let e = by_name("surf", 10).err().unwrap().to_string();
-        assert!(e.contains("`surf`") && e.contains("sift, orb, akaze"), "{e}");
+        let said = |name: &str| by_name(name, None, 10).err().unwrap().to_string();
+        assert!(said("surf").contains("`surf`") && said("surf").contains("sift, orb, akaze, superpoint_vgg"), "{}", said("surf"));
+        assert!(said("xfeat").contains("`structvpr models`"), "{}", said("xfeat"));
     }
 }

@@ -1,16 +1,10 @@
 //! SIFT, ORB and AKAZE of OpenCV: no weights, free to use (SIFT's patent ended in 2020).
 
-use super::{Features, LocalFeatures};
+use super::{longer_side, Features, LocalFeatures, SMALLEST_SIDE};
 use crate::error::Result;
 use crate::image::RgbImage;
-use opencv::core::{no_array, KeyPoint, KeyPointTraitConst, Mat, MatTraitConst, MatTraitConstManual, Vector, VectorToVec};
+use opencv::core::{no_array, KeyPoint, KeyPointTraitConst, Mat, MatTraitConstManual, Vector, VectorToVec};
 use opencv::features2d::{Feature2DTrait, AKAZE, ORB, SIFT};
-
-/// Images are scaled so that their longer side is this long; an even field of view for every camera.
-const LONGER_SIDE: u32 = 640;
-
-/// Smaller images have no room for a pyramid, which OpenCV refuses to build.
-const SMALLEST_SIDE: u32 = 32;
 
 /// Which of OpenCV's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,13 +81,25 @@ impl LocalFeatures for Classic {
         self.kind.name()
     }
 
+    fn identity(&self) -> String {
+        self.name().to_string()
+    }
+
+    fn dim(&self) -> usize {
+        match self.kind {
+            ClassicKind::Sift => 128,
+            ClassicKind::Orb => 256,
+            // 486 bits in 61 bytes.
+            ClassicKind::Akaze => 488,
+        }
+    }
+
     fn extract(&self, image: &RgbImage) -> Result<Features> {
         if image.width().min(image.height()) < SMALLEST_SIDE {
-            return Features::new(image.width(), image.height(), Vec::new(), Vec::new(), 1, Vec::new());
+            return Features::new(image.width(), image.height(), Vec::new(), Vec::new(), self.dim(), Vec::new());
         }
-        let longer = image.width().max(image.height());
-        let side = |n: u32| ((u64::from(n) * u64::from(LONGER_SIDE)).div_ceil(u64::from(longer)) as u32).max(1);
-        let scaled = if longer > LONGER_SIDE { image.resize_area(side(image.width()), side(image.height()))? } else { image.clone() };
+        let (w, h) = longer_side(image);
+        let scaled = if (w, h) == (image.width(), image.height()) { image.clone() } else { image.resize_area(w, h)? };
         let (keypoints, descriptors) = self.detect(&scaled.grey()?)?;
         let keypoints: Vec<KeyPoint> = keypoints.to_vec();
         // The strongest first; ties in order of place, so that the same image gives the same list.
@@ -105,10 +111,6 @@ impl LocalFeatures for Classic {
             b.response().total_cmp(&a.response()).then_with(by_place)
         });
         order.truncate(self.max_points);
-        let dim = match self.kind {
-            ClassicKind::Sift => 128,
-            ClassicKind::Orb | ClassicKind::Akaze => 8 * descriptors.cols().max(1) as usize,
-        };
         let (mut points, mut scores, mut rows) = (Vec::new(), Vec::new(), Vec::new());
         for i in order {
             let row = self.row(&descriptors, i as i32)?;
@@ -119,7 +121,7 @@ impl LocalFeatures for Classic {
                 rows.extend(row);
             }
         }
-        Features::new(scaled.width(), scaled.height(), points, scores, dim, rows)
+        Features::new(scaled.width(), scaled.height(), points, scores, self.dim(), rows)
     }
 }
 

@@ -2,7 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::features::Features;
+use crate::model::{Side, SuperGlue};
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 
 /// Two points that are each other's nearest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,23 +17,59 @@ pub struct Match {
     pub similarity: f32,
 }
 
-/// Index and value of the largest, and the next value; the first of equals.
-#[derive(Clone, Copy)]
-struct Best {
-    index: usize,
-    first: f32,
-    second: f32,
+/// Finds matches. The same features give the same matches.
+pub trait Matcher: Send + Sync {
+    /// Name as in settings and reports.
+    fn name(&self) -> &str;
+
+    /// Matches in order of the query's points.
+    ///
+    /// Errors: features that the matcher cannot compare.
+    fn matches(&self, query: &Features, reference: &Features) -> Result<Vec<Match>>;
 }
 
-impl Best {
-    const NONE: Self = Self { index: usize::MAX, first: f32::NEG_INFINITY, second: f32::NEG_INFINITY };
+/// [`mutual_matches`] as a [`Matcher`].
+#[derive(Clone, Copy, Debug)]
+pub struct Mutual {
+    /// Largest ratio of the distances to the nearest and the second nearest; 1: any.
+    pub max_ratio: f32,
+}
 
-    fn see(&mut self, index: usize, value: f32) {
-        if value > self.first {
-            *self = Self { index, first: value, second: self.first };
-        } else if value > self.second {
-            self.second = value;
+impl Default for Mutual {
+    fn default() -> Self {
+        Self { max_ratio: 1.0 }
+    }
+}
+
+impl Matcher for Mutual {
+    fn name(&self) -> &str {
+        "mutual"
+    }
+
+    fn matches(&self, query: &Features, reference: &Features) -> Result<Vec<Match>> {
+        mutual_matches(query, reference, self.max_ratio)
+    }
+}
+
+fn side(f: &Features) -> Side<'_> {
+    Side { size: f.size(), points: f.points(), scores: f.scores(), descriptors: f.descriptors() }
+}
+
+/// SuperGlue as a [`Matcher`]; the similarity of a match is its probability.
+#[derive(Debug)]
+pub struct SuperGlueMatcher(pub SuperGlue);
+
+impl Matcher for SuperGlueMatcher {
+    fn name(&self) -> &str {
+        "superglue"
+    }
+
+    fn matches(&self, query: &Features, reference: &Features) -> Result<Vec<Match>> {
+        if query.is_empty() || reference.is_empty() {
+            return Ok(Vec::new());
         }
+        let found = self.0.matches(&side(query), &side(reference))?;
+        Ok(found.into_iter().map(|(query, reference, similarity)| Match { query, reference, similarity }).collect())
     }
 }
 
@@ -40,8 +78,28 @@ fn distance(dot: f32) -> f32 {
     (2.0 - 2.0 * dot).max(0.0).sqrt()
 }
 
+/// Lanes of the search for the largest.
+const LANES: usize = 16;
+/// Query points whose products are made and looked through while they are in the cache.
+const ROWS: usize = 64;
+
+/// The largest of `row` and its first position.
+fn largest(row: &[f32]) -> (f32, usize) {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (m, v) in lanes.iter_mut().zip(chunk) {
+            *m = if *v > *m { *v } else { *m };
+        }
+    }
+    let top = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, v| m.max(*v));
+    (top, row.iter().position(|v| *v == top).unwrap_or(0))
+}
+
 /// Mutual nearest neighbours, in order of the query's points. With `max_ratio` below 1 the distance must be below
-/// that share of the distance to the second nearest (Lowe, IJCV 2004).
+/// that share of the distance to the second nearest (Lowe, IJCV 2004). One matrix product, looked through block by
+/// block.
 ///
 /// Errors: descriptors of different dimensions.
 pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) -> Result<Vec<Match>> {
@@ -52,18 +110,47 @@ pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) ->
         return Err(Error::Features { reason: format!("descriptors of {} and {} values do not compare", query.dim(), reference.dim()) });
     }
     let tensor = |f: &Features| Tensor::from_slice(f.descriptors(), (f.len(), f.dim()), &Device::Cpu);
-    let dots = tensor(query)?.matmul(&tensor(reference)?.t()?)?.flatten_all()?.to_vec1::<f32>()?;
-    let mut by_query = vec![Best::NONE; query.len()];
-    let mut by_reference = vec![Best::NONE; reference.len()];
-    for (q, row) in dots.chunks_exact(reference.len()).enumerate() {
-        for (r, dot) in row.iter().enumerate() {
-            by_query[q].see(r, *dot);
-            by_reference[r].see(q, *dot);
+    let (all, columns) = (tensor(query)?, tensor(reference)?.t()?);
+    let m = reference.len();
+    // Of each block: every query's best, and the best query of every reference.
+    type Block = (Vec<(f32, usize)>, Vec<f32>, Vec<u32>);
+    let block = |from: usize| -> Result<Block> {
+        let dots = all.narrow(0, from, ROWS.min(query.len() - from))?.matmul(&columns)?.flatten_all()?.to_vec1::<f32>()?;
+        let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
+        let mut of_query = Vec::with_capacity(ROWS);
+        for (q, row) in dots.chunks_exact(m).enumerate() {
+            let (top, r) = largest(row);
+            of_query.push((top, r));
+            for ((v, best), by) in row.iter().zip(&mut best).zip(&mut by) {
+                // The first of equals; without a branch, so that it vectorises.
+                let better = *v > *best;
+                *best = if better { *v } else { *best };
+                *by = if better { (from + q) as u32 } else { *by };
+            }
+        }
+        if max_ratio < 1.0 {
+            for ((top, r), row) in of_query.iter_mut().zip(dots.chunks_exact(m)) {
+                let second = row.iter().enumerate().filter(|(i, _)| i != r).fold(f32::NEG_INFINITY, |m, (_, v)| m.max(*v));
+                if distance(*top) >= max_ratio * distance(second) {
+                    *r = usize::MAX;
+                }
+            }
+        }
+        Ok((of_query, best, by))
+    };
+    let starts: Vec<usize> = (0..query.len()).step_by(ROWS).collect();
+    let blocks = starts.into_par_iter().map(block).collect::<Result<Vec<_>>>()?;
+    let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
+    for (_, tops, rows) in &blocks {
+        for r in 0..m {
+            if tops[r] > best[r] {
+                (best[r], by[r]) = (tops[r], rows[r]);
+            }
         }
     }
-    let distinct = |b: &Best| max_ratio >= 1.0 || distance(b.first) < max_ratio * distance(b.second);
-    let pairs = by_query.iter().enumerate().filter(|(q, b)| by_reference.get(b.index).is_some_and(|r| r.index == *q) && distinct(b));
-    Ok(pairs.map(|(q, b)| Match { query: q, reference: b.index, similarity: b.first }).collect())
+    let pairs = blocks.iter().flat_map(|(of_query, ..)| of_query).enumerate();
+    let mutual = pairs.filter(|(q, (_, r))| by.get(*r).is_some_and(|back| *back as usize == *q));
+    Ok(mutual.map(|(query, (similarity, reference))| Match { query, reference: *reference, similarity: *similarity }).collect())
 }
 
 #[cfg(test)]
