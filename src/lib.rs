@@ -26,6 +26,8 @@
 //!     luma_std: image.luma_stats().1,
 //!     median_depth_m: None,
 //!     odom_from_base: None,
+//!     features: None,
+//!     calibration: None,
 //! };
 //! match detector.process(frame)? {
 //!     Step::Keyframe(decision) => assert_eq!(decision.outcome, Outcome::Rejected(Reason::TooRecent)),
@@ -51,6 +53,7 @@ pub mod odometry;
 pub mod pickle;
 pub mod pipeline;
 pub mod replay;
+pub mod rerank;
 #[cfg(feature = "ros")]
 pub mod ros;
 pub mod simd;

@@ -3,11 +3,17 @@
 use crate::config::{Config, FALLBACK_SIMILARITY_THRESHOLD};
 use crate::descriptor::Descriptor;
 use crate::error::Result;
+use crate::features::{CompactFeatures, Features};
+use crate::geometry::View;
+use crate::image::Camera;
 use crate::map::{Hit, Keyframe, Link, Map};
+use crate::rerank::{Budget, Reranked, Reranker};
 use nalgebra::Isometry3;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// One described image.
 #[derive(Clone, Debug)]
@@ -26,6 +32,10 @@ pub struct Frame {
     pub median_depth_m: Option<f32>,
     /// `T_odom_base` at the stamp, metres.
     pub odom_from_base: Option<Isometry3<f64>>,
+    /// Local features, where the detector verifies ([`LoopDetector::wants_features`]).
+    pub features: Option<Features>,
+    /// Calibration of the image as it was described: without distortion coefficients where that was removed.
+    pub calibration: Option<Camera>,
 }
 
 /// Why an image did not become a keyframe.
@@ -71,14 +81,16 @@ pub enum Reason {
     NotConsistent,
     /// The odometry says that the places are far apart.
     PoseGate,
+    /// The geometry of the two images does not agree, or agrees with another place nearly as well.
+    Geometry,
     /// A closure was published too short a time ago.
     RateLimit,
 }
 
 impl Reason {
     /// All reasons, in the order in which they are checked.
-    pub const ALL: [Self; 6] =
-        [Self::TooRecent, Self::LowSimilarity, Self::Ambiguous, Self::NotConsistent, Self::PoseGate, Self::RateLimit];
+    pub const ALL: [Self; 7] =
+        [Self::TooRecent, Self::LowSimilarity, Self::Ambiguous, Self::NotConsistent, Self::PoseGate, Self::Geometry, Self::RateLimit];
 
     /// The name in messages and tables.
     pub fn name(self) -> &'static str {
@@ -88,6 +100,7 @@ impl Reason {
             Self::Ambiguous => "AMBIGUOUS",
             Self::NotConsistent => "NOT_CONSISTENT",
             Self::PoseGate => "POSE_GATE",
+            Self::Geometry => "GEOMETRY",
             Self::RateLimit => "RATE_LIMIT",
         }
     }
@@ -124,6 +137,8 @@ pub struct Evidence {
     pub time_gap_s: f64,
     /// Distance of the two poses in the odometry frame, metres; of one session only.
     pub odometry_distance_m: Option<f64>,
+    /// Logarithm of the inliers by those of the best other place; `None` where nothing was verified.
+    pub lead: Option<f64>,
 }
 
 /// The full account of one keyframe.
@@ -135,8 +150,10 @@ pub struct Decision {
     pub added: bool,
     /// Its session.
     pub session: u32,
-    /// The nearest neighbours, best first, `search.top_k` at most.
+    /// The nearest neighbours, best first, `search.top_k` at most; in the order of the second stage where there was one.
     pub hits: Vec<Hit>,
+    /// What the second stage says of each of `hits`; empty where there was none.
+    pub reranked: Vec<Reranked>,
     /// Whether this closes the search that [`LoopDetector::relocalize`] began.
     pub relocalized: bool,
     /// Closure or reason.
@@ -149,6 +166,8 @@ pub struct Decision {
 
 /// What became of an image.
 #[derive(Clone, Debug, PartialEq)]
+// Handed on and taken apart at once, never kept in numbers.
+#[allow(clippy::large_enum_variant)]
 pub enum Step {
     /// No keyframe.
     Skipped(Skip),
@@ -226,6 +245,10 @@ pub struct LoopDetector {
     relocalizing: bool,
     cameras: BTreeMap<String, CameraState>,
     last_closure_ns: Option<i64>,
+    /// The second stage.
+    verifier: Option<Arc<Reranker>>,
+    /// How long it took for the last frame.
+    verification_time: Duration,
 }
 
 /// So many frames in a row whose stamp jumped begin a new session.
@@ -250,6 +273,8 @@ impl LoopDetector {
             relocalizing: false,
             cameras: BTreeMap::new(),
             last_closure_ns: None,
+            verifier: None,
+            verification_time: Duration::ZERO,
         };
         detector.set_config(config)?;
         Ok(detector)
@@ -266,6 +291,29 @@ impl LoopDetector {
         };
         self.config = config;
         Ok(())
+    }
+
+    /// Verifies from the next keyframe on. Without this, `verification.enabled` does nothing.
+    pub fn set_verifier(&mut self, verifier: Option<Arc<Reranker>>) {
+        self.verifier = verifier;
+    }
+
+    /// The second stage.
+    pub fn verifier(&self) -> Option<&Arc<Reranker>> {
+        self.verifier.as_ref().filter(|_| self.config.verification.enabled)
+    }
+
+    /// How long matching and geometry took for the last frame.
+    pub fn verification_time(&self) -> Duration {
+        self.verification_time
+    }
+
+    /// Whether [`Self::process`] could use local features of this frame: it verifies, and the frame will not be
+    /// skipped. Extracting them costs more than describing the image.
+    pub fn wants_features(&self, frame: &Frame) -> bool {
+        let skipped =
+            || self.skips(&frame.camera, frame.stamp_ns, frame.odom_from_base.as_ref()).or_else(|| self.skips_for_its_looks(frame));
+        self.verifier().is_some() && skipped().is_none()
     }
 
     /// The number of this robot in the map's keyframes.
@@ -399,13 +447,56 @@ impl LoopDetector {
         }
         let compared = self.outside_window(&frame);
         let (hits, second) = self.search(&frame.descriptor, self.config.search.top_k, &compared);
+        let clock = Instant::now();
+        let (hits, second, reranked) = self.second_stage(&frame, hits, second)?;
+        self.verification_time = clock.elapsed();
         let best = hits.first().copied();
         let pointers = self.follow(&frame.camera, &hits);
-        let evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
+        let mut evidence = best.map(|best| self.evidence(&frame, best, second, &pointers));
+        if let (Some(e), Some(r)) = (&mut evidence, reranked.first()) {
+            e.lead = r.verification.is_some().then_some(r.lead);
+        }
         let outcome = self.decide(&frame, evidence.as_ref());
         let relocalized = self.relocalizing && outcome == Outcome::Closure;
         let (query, added) = self.remember(frame, evidence.as_ref(), outcome, pointers)?;
-        Ok(Step::Keyframe(Decision { query, added, session: self.session, outcome, evidence, hits, compared, relocalized }))
+        Ok(Step::Keyframe(Decision { query, added, session: self.session, outcome, evidence, hits, reranked, compared, relocalized }))
+    }
+
+    /// Orders the hits by geometry where that can matter: not where no hit is similar enough to be a closure.
+    #[allow(clippy::type_complexity)]
+    fn second_stage(&self, frame: &Frame, hits: Vec<Hit>, second: Option<Hit>) -> Result<(Vec<Hit>, Option<Hit>, Vec<Reranked>)> {
+        let (Some(verifier), Some(features)) = (self.verifier(), &frame.features) else { return Ok((hits, second, Vec::new())) };
+        if hits.first().is_none_or(|h| h.similarity < self.threshold) {
+            return Ok((hits, second, Vec::new()));
+        }
+        let reranked = self.rerank(verifier, &View { features, camera: frame.calibration.as_ref() }, &hits)?;
+        let hits: Vec<Hit> = reranked.iter().map(|r| r.hit).collect();
+        let radius = self.config.decision.place_radius;
+        // The best of any other place than the new first; what was the second before may be of this place now.
+        let second = hits.first().and_then(|best| {
+            let other = hits.iter().copied().chain(second).filter(|h| !self.map.same_place(best.row, h.row, radius));
+            other.max_by(|a, b| a.similarity.total_cmp(&b.similarity))
+        });
+        Ok((hits, second, reranked))
+    }
+
+    /// `hits` in the order of the second stage, with the features that the map kept, within the settings' budget.
+    ///
+    /// Errors: features that do not compare.
+    pub fn rerank(&self, verifier: &Reranker, query: &View, hits: &[Hit]) -> Result<Vec<Reranked>> {
+        let v = &self.config.verification;
+        let budget = Budget {
+            candidates: v.candidates,
+            time: (v.budget_ms > 0.0).then(|| Duration::from_secs_f64(v.budget_ms * 1e-3)),
+            sure: (v.stop_lead > 0.0).then_some(v.stop_lead),
+        };
+        let reference = |row: usize| {
+            // Features that do not unpack were never packed: then the place is taken as one without.
+            let features = self.map.features(row, &verifier.identity())?.unpack().ok()?;
+            Some((features, self.map.calibration(row).cloned()))
+        };
+        let radius = self.config.decision.place_radius;
+        verifier.rerank(query, hits, &budget, reference, |a, b| self.map.same_place(a, b, radius))
     }
 
     fn skips_for_its_looks(&self, frame: &Frame) -> Option<Skip> {
@@ -502,6 +593,7 @@ impl LoopDetector {
             advance: Advance::of(&positions).filter(|_| along.len() >= self.config.decision.min_consistent),
             time_gap_s: frame.stamp_ns.saturating_sub(matched.stamp_ns) as f64 * 1e-9,
             odometry_distance_m: pose.zip(frame.odom_from_base).map(distance),
+            lead: None,
         }
     }
 
@@ -509,14 +601,20 @@ impl LoopDetector {
         let d = &self.config.decision;
         let Some(e) = evidence else { return Outcome::Rejected(Reason::TooRecent) };
         let too_soon = |last: i64| (frame.stamp_ns.saturating_sub(last) as f64) < d.min_closure_interval_s * 1e9;
+        let verifies = self.verifier().is_some();
+        let agrees = e.lead.is_some_and(|lead| lead >= self.config.verification.min_lead);
+        // Geometry that agrees with one place only says more than the margin and a long chain.
+        let enough = if agrees { self.config.verification.min_consistent.min(d.min_consistent) } else { d.min_consistent };
         let reason = if e.similarity.min(e.chain_similarity) < self.threshold {
             Reason::LowSimilarity
-        } else if e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
+        } else if !agrees && e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
             Reason::Ambiguous
-        } else if e.consistent_count < d.min_consistent || !e.advance.is_none_or(|a| self.is_even(a)) {
+        } else if e.consistent_count < enough || !e.advance.is_none_or(|a| self.is_even(a)) {
             Reason::NotConsistent
         } else if d.max_odometry_distance_m > 0.0 && e.odometry_distance_m.is_some_and(|m| m > d.max_odometry_distance_m) {
             Reason::PoseGate
+        } else if verifies && !agrees {
+            Reason::Geometry
         } else if self.last_closure_ns.is_some_and(too_soon) {
             Reason::RateLimit
         } else {
@@ -531,10 +629,18 @@ impl LoopDetector {
     }
 
     fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome, pointers: Vec<Pointer>) -> Result<(usize, bool)> {
-        let Frame { camera, stamp_ns, name, descriptor, odom_from_base, .. } = frame;
+        let Frame { camera, stamp_ns, name, descriptor, odom_from_base, features, calibration, .. } = frame;
         let keyframe = Keyframe { robot: self.robot, session: self.session, camera, stamp_ns, name, odom_from_base };
         let added = !self.localization_only;
         let query = if added { self.map.push(keyframe.clone(), &descriptor)? } else { self.map.keyframes().len() };
+        if let (true, Some(v)) = (added, self.verifier.as_ref().filter(|_| self.config.verification.enabled)) {
+            if let Some(features) = &features {
+                self.map.set_features(query, &v.identity(), CompactFeatures::new(features));
+            }
+            if let Some(calibration) = &calibration {
+                self.map.set_calibration(keyframe.session, &keyframe.camera, calibration);
+            }
+        }
         if let (Outcome::Closure, Some(e)) = (outcome, evidence) {
             if added {
                 self.map.link(Link { query, matched: e.matched });

@@ -394,22 +394,30 @@ pub fn run(
         (true, camera) => camera,
         (false, _) => None,
     };
+    // Where distortion was removed, the calibration has none.
+    let calibration = sequence.camera().map(|c| if options.undistort { Camera { d: Vec::new(), ..c.clone() } } else { c.clone() });
+    let calibration = calibration.as_ref();
     let none = Track::default();
     let odometry = if options.odometry { sequence.odometry() } else { &none };
     let (mut decisions, mut skipped, mut images) = (Vec::new(), BTreeMap::new(), 0u64);
     let mut unreadable: Vec<String> = Vec::new();
     let mut batch: Vec<Shot> = Vec::new();
     let mut flush = |batch: &mut Vec<Shot>| -> Result<()> {
-        let described: Vec<Result<Frame>> = batch.par_iter().map(|s| describe(s, model, camera, odometry)).collect();
+        let verifier = detector.verifier().cloned();
+        let described: Vec<Result<(Frame, RgbImage)>> =
+            batch.par_iter().map(|s| describe(s, model, camera, calibration, odometry)).collect();
         images += batch.len() as u64;
         for frame in described {
-            let frame = match frame {
+            let (mut frame, image) = match frame {
                 Ok(f) => f,
                 Err(e) => {
                     unreadable.push(e.to_string());
                     continue;
                 }
             };
+            if let (Some(v), true) = (&verifier, detector.wants_features(&frame)) {
+                frame.features = Some(v.extract(&image)?);
+            }
             match detector.process(frame)? {
                 Step::Skipped(why) => *skipped.entry(why).or_insert(0) += 1,
                 Step::Keyframe(decision) => decisions.push(decision),
@@ -445,13 +453,19 @@ pub fn run(
     Ok(Run { detector, decisions, skipped, images, truth, warnings })
 }
 
-fn describe(shot: &Shot, model: &Model, camera: Option<&Camera>, odometry: &Track) -> Result<Frame> {
+fn describe(
+    shot: &Shot,
+    model: &Model,
+    camera: Option<&Camera>,
+    calibration: Option<&Camera>,
+    odometry: &Track,
+) -> Result<(Frame, RgbImage)> {
     let at = |e: Error| e.at(Path::new(&shot.name));
     let mut image = shot.decode()?;
     if let Some(camera) = camera {
         image = image.undistort(camera).map_err(at)?;
     }
-    Ok(Frame {
+    let frame = Frame {
         camera: String::new(),
         stamp_ns: shot.stamp_ns,
         name: shot.name.clone(),
@@ -459,7 +473,10 @@ fn describe(shot: &Shot, model: &Model, camera: Option<&Camera>, odometry: &Trac
         luma_std: image.luma_stats().1,
         median_depth_m: None,
         odom_from_base: odometry.at(shot.stamp_ns),
-    })
+        features: None,
+        calibration: calibration.cloned(),
+    };
+    Ok((frame, image))
 }
 
 impl Run {

@@ -21,6 +21,8 @@ pub struct Config {
     pub search: SearchConfig,
     /// Which comparisons are believed.
     pub decision: DecisionConfig,
+    /// The second stage.
+    pub verification: VerificationConfig,
 }
 
 section! {
@@ -85,14 +87,53 @@ section! {
     }
 }
 
+section! {
+    /// The second stage: local features and geometry.
+    VerificationConfig {
+        /// Verify the best places of each keyframe by their geometry; a closure then needs it.
+        enabled: bool = false, Kind::Flag, restart;
+        /// Local features: OpenCV's `sift`, `orb` and `akaze` need no weights; a network does (see `weights`).
+        features: String = "sift", Kind::Choice(FEATURES), restart;
+        /// Weight file of a network; `structvpr models` says where to get which, and under which licence.
+        weights: String = "", Kind::Text, restart;
+        /// SuperGlue's weight file: it then matches instead of mutual nearest neighbours.
+        superglue_weights: String = "", Kind::Text, restart;
+        /// Keypoints per image, at most.
+        keypoints: usize = 800usize, Kind::Count(16, 8192), restart;
+        /// The model that matches must agree on. `auto`: PnP where depth is known, the essential matrix where
+        /// `camera_info` is, else the fundamental matrix.
+        method: String = "auto", Kind::Choice(&["auto", "fundamental", "essential", "homography", "pnp"]), restart;
+        /// How far a point may be off the model, pixels of an image 640 wide.
+        threshold_px: f64 = 2.0, Kind::Real(0.1, 50.0), restart;
+        /// Of the robust estimation: the same seed gives the same result.
+        seed: usize = 1usize, Kind::Count(0, 2_147_483_646), restart;
+        /// Places per keyframe that are looked at, best first.
+        candidates: usize = 10usize, Kind::Count(1, 1000), live;
+        /// Time per keyframe after which no further place is looked at, milliseconds; 0: no limit. A limit makes
+        /// the result depend on the machine's speed.
+        budget_ms: f64 = 0.0, Kind::Real(0.0, 60_000.0), live;
+        /// With so large a lead over a place that was looked at too, the rest is not; 0: always look at all.
+        stop_lead: f64 = 1.0, Kind::Real(0.0, 10.0), live;
+        /// Smallest lead of a closure: the logarithm of its inliers by those of the best other place (each plus 5;
+        /// 20 at least stand for the other). 0.35 is 1.4 times.
+        min_lead: f64 = 0.35, Kind::Real(-5.0, 10.0), live;
+        /// Consecutive keyframes that must point at the same stretch of the map where the geometry agrees, in the
+        /// place of `decision.min_consistent`; the margin is then not asked for.
+        min_consistent: usize = 3usize, Kind::Count(1, 100), live;
+    }
+}
+
+/// What `verification.features` may name.
+const FEATURES: &[&str] = &["sift", "orb", "akaze", "superpoint", "superpoint_vgg", "superpoint_squeeze", "xfeat"];
+
 /// Used where neither the settings nor the model's header name a threshold.
 pub const FALLBACK_SIMILARITY_THRESHOLD: f64 = 0.85;
 
 impl Config {
     /// Checks every range; the error names the setting and what is allowed.
     pub fn validate(&self) -> Result<()> {
-        let Self { keyframe, search, decision } = self.clone();
-        Settings { keyframe, search, decision, ..Settings::default() }.validate()
+        let Self { keyframe, search, decision, verification } = self.clone();
+        Settings { keyframe, search, decision, verification, ..Settings::default() }.validate()
     }
 
     /// The detector's part of [`Settings::from_yaml`].
@@ -111,6 +152,8 @@ pub struct Settings {
     pub search: SearchConfig,
     /// Which comparisons are believed.
     pub decision: DecisionConfig,
+    /// The second stage: local features and geometry.
+    pub verification: VerificationConfig,
     /// What the node listens to.
     pub input: InputConfig,
     /// The descriptor model.
@@ -131,6 +174,7 @@ static TABLE: LazyLock<Vec<Setting>> = LazyLock::new(|| {
     add("keyframe", KeyframeConfig::table());
     add("search", SearchConfig::table());
     add("decision", DecisionConfig::table());
+    add("verification", VerificationConfig::table());
     add("input", InputConfig::table());
     add("model", ModelConfig::table());
     add("map", MapConfig::table());
@@ -149,7 +193,12 @@ impl Settings {
 
     /// The detector's part.
     pub fn detector(&self) -> Config {
-        Config { keyframe: self.keyframe.clone(), search: self.search.clone(), decision: self.decision.clone() }
+        Config {
+            keyframe: self.keyframe.clone(),
+            search: self.search.clone(),
+            decision: self.decision.clone(),
+            verification: self.verification.clone(),
+        }
     }
 
     fn field(&mut self, name: &str) -> Option<&mut dyn Field> {
@@ -158,6 +207,7 @@ impl Settings {
             "keyframe" => self.keyframe.field(name),
             "search" => self.search.field(name),
             "decision" => self.decision.field(name),
+            "verification" => self.verification.field(name),
             "input" => self.input.field(name),
             "model" => self.model.field(name),
             "map" => self.map.field(name),
@@ -212,6 +262,7 @@ impl Settings {
             let allowed = format!("{} (decision.min_pace) to 100", d.min_pace);
             return Err(Error::Config { field: "decision.max_pace".into(), value: d.max_pace.to_string(), allowed });
         }
+        self.input.camera_pose(0)?;
         Ok(())
     }
 
@@ -274,8 +325,11 @@ impl Settings {
             open = sections.to_vec();
             let pad = indent(sections.len());
             if open.first() != Some(&"qos") {
-                let restart =
-                    if setting.live || !["input", "model", "map", "publish"].contains(&open[0]) { "" } else { " Needs a restart." };
+                let restart = if setting.live || !["verification", "input", "model", "map", "publish"].contains(&open[0]) {
+                    ""
+                } else {
+                    " Needs a restart."
+                };
                 let range = match setting.kind {
                     Kind::Real(low, high) => format!(" [{low} to {high}]"),
                     Kind::Count(low, high) => format!(" [{low} to {high}]"),
@@ -291,8 +345,8 @@ impl Settings {
 }
 
 const YAML_HEAD: &str = "\
-# Every setting, at its default: of the loop detector (keyframe, search, decision), and of the node (the
-# rest). `structvpr_node --ros-args --params-file FILE` and `structvpr replay --config FILE` both read
+# Every setting, at its default: of the loop detector (keyframe, search, decision, verification), and of the
+# node (the rest). `structvpr_node --ros-args --params-file FILE` and `structvpr replay --config FILE` both read
 # it; `structvpr doctor` says which one to change. What a file does not name keeps its default.
 /**:
   ros__parameters:

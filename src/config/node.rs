@@ -1,6 +1,8 @@
 //! Settings of the ROS 2 node that the offline tools do not need: topics, queues, files, what to publish.
 
 use super::setting::{section, Kind, Section, Setting};
+use crate::error::{Error, Result};
+use nalgebra::{Isometry3, Translation3, UnitQuaternion, Vector3};
 use serde::{Deserialize, Serialize};
 
 section! {
@@ -18,8 +20,13 @@ section! {
         /// Listen to `odom` (nav_msgs/Odometry): gates by distance, nothing added while parked.
         odometry: bool = true, Kind::Flag, restart;
         /// Listen to `depth` (sensor_msgs/Image of the same view, 16UC1 in millimetres or 32FC1 in metres);
-        /// with several cameras `NAME/depth`. See `keyframe.min_depth_m`.
+        /// with several cameras `NAME/depth`. Verified matches then have a pose in metres; see also
+        /// `keyframe.min_depth_m`.
         depth: bool = false, Kind::Flag, restart;
+        /// Where each camera sits on the robot, `x y z roll pitch yaw` (metres and degrees; zeros: at the base,
+        /// looking ahead), separated by `;` in the order of `cameras`; empty: zeros. Poses between images are of
+        /// the robot's base.
+        camera_poses: String = "", Kind::Text, restart;
         /// Where odometry arrives: how long an image waits for the pose after it, seconds. The wait
         /// passes while the image is described.
         odometry_wait_s: f64 = 0.1, Kind::Real(0.0, 10.0), live;
@@ -27,6 +34,36 @@ section! {
         queue_depth: usize = 4usize, Kind::Count(1, 1000), live;
         /// After so long without an image the log and the diagnostics say why, seconds.
         no_image_s: f64 = 3.0, Kind::Real(0.1, 3600.0), live;
+    }
+}
+
+impl InputConfig {
+    /// `T_base_optical` of a camera: its optical frame has x to the right, y down and z ahead (REP-103).
+    ///
+    /// Errors: `camera_poses` is not as it should be.
+    pub fn camera_pose(&self, camera: usize) -> Result<Isometry3<f64>> {
+        let optical = UnitQuaternion::from_euler_angles(-std::f64::consts::FRAC_PI_2, 0.0, -std::f64::consts::FRAC_PI_2);
+        let ahead = Isometry3::from_parts(Translation3::identity(), optical);
+        if self.camera_poses.trim().is_empty() {
+            return Ok(ahead);
+        }
+        let bad = || Error::Config {
+            field: "input.camera_poses".into(),
+            value: format!("\"{}\"", self.camera_poses),
+            allowed: format!("{} times six numbers `x y z roll pitch yaw`, separated by `;`", self.cameras.len()),
+        };
+        let all: Option<Vec<[f64; 6]>> = self
+            .camera_poses
+            .split(';')
+            .map(|one| {
+                let numbers: Option<Vec<f64>> = one.split_whitespace().map(|n| n.parse().ok().filter(|v: &f64| v.is_finite())).collect();
+                numbers?.try_into().ok()
+            })
+            .collect();
+        let all = all.filter(|all| all.len() == self.cameras.len()).ok_or_else(bad)?;
+        let [x, y, z, roll, pitch, yaw] = *all.get(camera).ok_or_else(bad)?;
+        let turn = UnitQuaternion::from_euler_angles(roll.to_radians(), pitch.to_radians(), yaw.to_radians());
+        Ok(Isometry3::from_parts(Vector3::new(x, y, z).into(), turn) * ahead)
     }
 }
 
@@ -171,4 +208,31 @@ topics! {
     markers = "reliable", 1, "transient_local";
     /// Out.
     match_image = "best_effort", 5, "volatile";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nalgebra::Point3;
+
+    #[test]
+    fn a_camera_looks_where_its_pose_says() {
+        let of = |cameras: usize, text: &str| InputConfig {
+            cameras: (0..cameras).map(|i| format!("c{i}")).collect(),
+            camera_poses: text.into(),
+            ..InputConfig::default()
+        };
+        let ahead = |c: &InputConfig, i| c.camera_pose(i).unwrap() * Point3::new(0.0, 0.0, 2.0);
+        let near = |p: Point3<f64>, q: [f64; 3]| assert!((p - Point3::from(q)).norm() < 1e-12, "{p}");
+        near(ahead(&of(1, ""), 0), [2.0, 0.0, 0.0]);
+        // Down in the image is down.
+        near(of(1, "").camera_pose(0).unwrap() * Point3::new(0.0, 1.0, 0.0), [0.0, 0.0, -1.0]);
+        let two = of(2, "1 0 0.5 0 0 0; -1 0 0.5 0 0 180");
+        near(ahead(&two, 0), [3.0, 0.0, 0.5]);
+        near(ahead(&two, 1), [-3.0, 0.0, 0.5]);
+        for (n, text) in [(1, "1 2 3"), (2, "0 0 0 0 0 0"), (1, "0 0 0 0 0 x"), (1, "0 0 0 0 0 nan")] {
+            let e = of(n, text).camera_pose(0).unwrap_err().to_string();
+            assert!(e.contains("input.camera_poses") && e.contains("x y z roll pitch yaw"), "{e}");
+        }
+    }
 }

@@ -11,6 +11,8 @@ pub use index::{Hit, Index};
 
 use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
+use crate::features::CompactFeatures;
+use crate::image::Camera;
 use nalgebra::Isometry3;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -56,6 +58,12 @@ pub struct Map {
     tracks: BTreeMap<(u32, String), Place>,
     /// Shared, so that a copy of the map for saving does not copy them.
     thumbnails: BTreeMap<usize, Arc<[u8]>>,
+    /// Which extractor the features are of; features of another do not compare.
+    features_identity: String,
+    /// Shared, as the thumbnails are.
+    features: BTreeMap<usize, Arc<CompactFeatures>>,
+    /// Calibration of each session's cameras.
+    calibrations: BTreeMap<(u32, String), Camera>,
 }
 
 /// A position along a track: the keyframes of one camera in one session, in order. Neighbourhood is
@@ -136,6 +144,11 @@ impl Map {
         }
         self.links.extend(other.links.iter().map(|l| Link { query: l.query + rows, matched: l.matched + rows }));
         self.thumbnails.extend(other.thumbnails.iter().map(|(row, jpeg)| (row + rows, jpeg.clone())));
+        if self.features.is_empty() || other.features_identity == self.features_identity {
+            self.features_identity.clone_from(&other.features_identity);
+            self.features.extend(other.features.iter().map(|(row, f)| (row + rows, f.clone())));
+        }
+        self.calibrations.extend(other.calibrations.iter().map(|((session, camera), c)| ((first + session, camera.clone()), c.clone())));
         Ok(())
     }
 
@@ -148,6 +161,42 @@ impl Map {
     pub fn set_thumbnail(&mut self, row: usize, jpeg: Vec<u8>) {
         if row < self.keyframes.len() {
             self.thumbnails.insert(row, jpeg.into());
+        }
+    }
+
+    /// Local features of a keyframe, if they were kept and are of the extractor of `identity`.
+    pub fn features(&self, row: usize, identity: &str) -> Option<&Arc<CompactFeatures>> {
+        self.features.get(&row).filter(|_| self.features_identity == identity)
+    }
+
+    /// Which extractor the kept features are of; empty where there are none.
+    pub fn features_identity(&self) -> &str {
+        &self.features_identity
+    }
+
+    /// Keeps the local features of a keyframe. Those of another extractor are dropped: they do not compare.
+    pub fn set_features(&mut self, row: usize, identity: &str, features: CompactFeatures) {
+        if row >= self.keyframes.len() {
+            return;
+        }
+        if self.features_identity != identity {
+            self.features.clear();
+            self.features_identity = identity.into();
+        }
+        self.features.insert(row, Arc::new(features));
+    }
+
+    /// Calibration of the camera that saw a keyframe, as far as it was known.
+    pub fn calibration(&self, row: usize) -> Option<&Camera> {
+        let k = self.keyframes.get(row)?;
+        self.calibrations.get(&(k.session, k.camera.clone()))
+    }
+
+    /// Keeps the calibration of a session's camera.
+    pub fn set_calibration(&mut self, session: u32, camera: &str, calibration: &Camera) {
+        let slot = (session, camera.to_string());
+        if self.calibrations.get(&slot) != Some(calibration) {
+            self.calibrations.insert(slot, calibration.clone());
         }
     }
 

@@ -3,6 +3,7 @@
 use super::{Keyframe, Link, Map};
 use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
+use crate::features::CompactFeatures;
 use nalgebra::{Isometry3, Quaternion, Translation3, UnitQuaternion};
 use rusqlite::{params, Connection, OpenFlags};
 use std::path::{Path, PathBuf};
@@ -10,14 +11,16 @@ use std::path::{Path, PathBuf};
 /// `PRAGMA application_id`: "SVPR".
 const APPLICATION_ID: i64 = 0x5356_5052;
 /// `PRAGMA user_version`: version of the tables below.
-const VERSION: i64 = 2;
+const VERSION: i64 = 3;
 
 const TABLES: &str = "
 CREATE TABLE model (name TEXT NOT NULL, sha256 TEXT NOT NULL);
 CREATE TABLE keyframe (
   id INTEGER PRIMARY KEY, session INTEGER NOT NULL, stamp_ns INTEGER NOT NULL, name TEXT NOT NULL,
   x REAL, y REAL, z REAL, qx REAL, qy REAL, qz REAL, qw REAL, descriptor BLOB NOT NULL,
-  robot INTEGER NOT NULL, camera TEXT NOT NULL, thumbnail BLOB);
+  robot INTEGER NOT NULL, camera TEXT NOT NULL, thumbnail BLOB, features BLOB);
+CREATE TABLE features (identity TEXT NOT NULL);
+CREATE TABLE calibration (session INTEGER NOT NULL, camera TEXT NOT NULL, json TEXT NOT NULL);
 CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL);";
 
 fn is_map(path: &Path) -> bool {
@@ -52,7 +55,7 @@ impl Map {
         tx.execute_batch(TABLES)?;
         tx.execute("INSERT INTO model VALUES (?1, ?2)", params![self.model.name, self.model.sha256])?;
         {
-            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)")?;
+            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16)")?;
             for (id, k) in self.keyframes.iter().enumerate() {
                 let pose = k.odom_from_base.map(|p| {
                     let (t, q) = (p.translation.vector, p.rotation.coords);
@@ -75,8 +78,15 @@ impl Map {
                     blob,
                     k.robot,
                     k.camera,
-                    self.thumbnail(id)
+                    self.thumbnail(id),
+                    self.features.get(&id).map(|f| f.as_bytes())
                 ])?;
+            }
+            tx.execute("INSERT INTO features VALUES (?1)", params![self.features_identity])?;
+            let mut insert = tx.prepare("INSERT INTO calibration VALUES (?1, ?2, ?3)")?;
+            for ((session, camera), calibration) in &self.calibrations {
+                let json = serde_json::to_string(calibration).map_err(|e| Error::map(e.to_string()))?;
+                insert.execute(params![session, camera, json])?;
             }
             let mut insert = tx.prepare("INSERT INTO closure VALUES (?1, ?2)")?;
             for l in &self.links {
@@ -116,6 +126,18 @@ impl Map {
             )));
         }
         let mut map = Map::new(found);
+        let mut identity = String::new();
+        let mut calibrations = std::collections::BTreeMap::new();
+        if version >= 3 {
+            identity = db.query_row("SELECT identity FROM features", [], |r| r.get(0))?;
+            let mut rows = db.prepare("SELECT session, camera, json FROM calibration")?;
+            let mut rows = rows.query([])?;
+            while let Some(row) = rows.next()? {
+                let (slot, json): ((u32, String), String) = ((row.get(0)?, row.get(1)?), row.get(2)?);
+                let camera = serde_json::from_str(&json).map_err(|e| Error::map(format!("calibration of camera `{}`: {e}", slot.1)))?;
+                calibrations.insert(slot, camera);
+            }
+        }
         let mut rows = db.prepare("SELECT * FROM keyframe ORDER BY id")?;
         let mut rows = rows.query([])?;
         while let Some(row) = rows.next()? {
@@ -142,12 +164,18 @@ impl Map {
             // Version 1 knew one robot with one camera.
             let (robot, camera, thumbnail) =
                 if version == 1 { (0, String::new(), None) } else { (row.get(12)?, row.get(13)?, row.get(14)?) };
+            let features: Option<Vec<u8>> = if version >= 3 { row.get(15)? } else { None };
             let keyframe = Keyframe { robot, session: row.get(1)?, camera, stamp_ns: row.get(2)?, name: row.get(3)?, odom_from_base };
             let id = map.push(keyframe, &descriptor)?;
             if let Some(jpeg) = thumbnail {
                 map.set_thumbnail(id, jpeg);
             }
+            if let Some(bytes) = features {
+                let features = CompactFeatures::from_bytes(bytes).map_err(|e| Error::map(format!("keyframe {id}: {e}")))?;
+                map.set_features(id, &identity, features);
+            }
         }
+        map.calibrations = calibrations;
         let mut rows = db.prepare("SELECT query, matched FROM closure ORDER BY rowid")?;
         let mut rows = rows.query([])?;
         while let Some(row) = rows.next()? {
@@ -176,6 +204,12 @@ mod tests {
             map.push(Keyframe { robot: 3, session: 0, camera, stamp_ns, name, odom_from_base: pose }, &d).unwrap();
         }
         map.set_thumbnail(3, vec![0xff, 0xd8]);
+        let features = crate::features::Features::new(64, 48, vec![[3.0, 4.5]], vec![0.5], 3, vec![1.0, -0.5, 0.2]).unwrap();
+        map.set_features(2, "sift", CompactFeatures::new(&features));
+        let k = [50.0, 0.0, 32.0, 0.0, 50.0, 24.0, 0.0, 0.0, 1.0];
+        let camera =
+            crate::image::Camera { width: 64, height: 48, k, d: vec![0.1, -0.05, 0.0, 0.0, 0.0], distortion_model: "plumb_bob".into() };
+        map.set_calibration(0, "front", &camera);
         map.link(Link { query: 4, matched: 1 });
         map
     }
@@ -190,6 +224,10 @@ mod tests {
         assert_eq!((back.keyframes(), back.links()), (map.keyframes(), map.links()));
         assert_eq!((back.thumbnail(3), back.thumbnail(2)), (map.thumbnail(3), None));
         assert_eq!(back.place(4), map.place(4));
+        assert_eq!(back.features(2, "sift"), map.features(2, "sift"));
+        assert!(back.features(2, "sift").is_some() && back.features(2, "orb").is_none() && back.features(3, "sift").is_none());
+        assert_eq!((back.calibration(2), back.calibration(1)), (map.calibration(2), None));
+        assert!(back.calibration(2).is_some());
         back.save(&b)?;
         back.save(&b)?;
         assert_eq!(std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap());
@@ -225,7 +263,7 @@ mod tests {
         let map = sample();
         map.save(&path)?;
         let db = Connection::open(&path)?;
-        for column in ["robot", "camera", "thumbnail"] {
+        for column in ["robot", "camera", "thumbnail", "features"] {
             db.execute_batch(&format!("ALTER TABLE keyframe DROP COLUMN {column}"))?;
         }
         db.pragma_update(None, "user_version", 1)?;

@@ -23,6 +23,8 @@ fn frame(seconds: f64, at: f64) -> Frame {
         luma_std: 40.0,
         median_depth_m: None,
         odom_from_base: None,
+        features: None,
+        calibration: None,
     }
 }
 
