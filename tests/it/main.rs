@@ -8,4 +8,5 @@ mod datasets;
 mod layers;
 mod loaders;
 mod real;
+mod rerank;
 mod support;

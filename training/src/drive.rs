@@ -37,6 +37,9 @@ pub struct Args {
     /// Write sensor_msgs/Image instead of JPEG.
     #[arg(long)]
     raw: bool,
+    /// Write registered depth too (16UC1, millimetres).
+    #[arg(long)]
+    depth: bool,
 }
 
 /// When the drive begins, nanoseconds since 1970.
@@ -116,6 +119,13 @@ pub fn run(args: &Args) -> Result<()> {
             let image =
                 CompressedImage { header: header.clone(), format: "rgb8; jpeg compressed bgr8".into(), data: frame.image.to_jpeg(90)? };
             bag.write("/camera/image_raw/compressed", stamp_ns, &image)?;
+        }
+        if args.depth {
+            let data = frame.depth.iter().flat_map(|d| (if *d < 65.0 { (d * 1000.0) as u16 } else { 0 }).to_le_bytes()).collect();
+            let (width, height) = (frame.image.width(), frame.image.height());
+            let depth =
+                Image { header: header.clone(), height, width, encoding: "16UC1".into(), is_bigendian: false, step: 2 * width, data };
+            bag.write("/camera/depth/image_raw", stamp_ns, &depth)?;
         }
         bag.write("/camera/camera_info", stamp_ns, &CameraInfo { header, camera: renderer.lens().camera() })?;
         bar.inc(1);

@@ -5,6 +5,7 @@
 
 use crate::common;
 use anyhow::{ensure, Context, Result};
+use candle_core::{Device, Tensor};
 use serde::Serialize;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -12,15 +13,18 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::time::Instant;
 use structvpr::descriptor::Descriptor;
 use structvpr::eval::{write_npy, Matrix};
+use structvpr::features::{CompactFeatures, Features};
+use structvpr::geometry::{mutual_matches, verify, VerifyConfig, View};
 use structvpr::map::Index;
+use structvpr::model::{Architecture, LocalNet, LocalWeights};
 use structvpr::simd::Isa;
 
 #[derive(clap::Args)]
 pub struct Args {
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_value = "descriptor,search", value_parser = ["descriptor", "search"])]
+    #[arg(long, value_delimiter = ',', default_value = "descriptor,superpoint,matching,verification,search", value_parser = ["descriptor", "superpoint", "matching", "verification", "search"])]
     only: Vec<String>,
-    /// Measure faiss (search) and ONNX Runtime (descriptor) in the same run; scripts/bench_peers installs them.
+    /// Measure faiss (search), ONNX Runtime (descriptor, superpoint) and OpenCV (matching) in the same run; scripts/bench_peers installs them.
     #[arg(long)]
     peers: bool,
     /// Python with the peers' packages.
@@ -67,6 +71,15 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let mut rows = Vec::new();
     if args.only.iter().any(|o| o == "descriptor") {
         rows.push(descriptor(&args)?);
+    }
+    if args.only.iter().any(|o| o == "superpoint") {
+        rows.push(superpoint(&args)?);
+    }
+    if args.only.iter().any(|o| o == "matching") {
+        rows.push(matching(&args)?);
+    }
+    if args.only.iter().any(|o| o == "verification") {
+        rows.push(verification(&args)?);
     }
     if args.only.iter().any(|o| o == "search") {
         for n in [10_000, 100_000] {
@@ -205,6 +218,127 @@ fn descriptor(args: &Args) -> Result<Row> {
         _ => None,
     };
     Ok(row(format!("descriptor {h}x{w} f32"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+}
+
+/// Numbers in -1..1 that need no file.
+fn noise(seed: usize, n: usize) -> impl Iterator<Item = f32> {
+    (0..n).map(move |i| {
+        let mut z = ((seed << 40) + i) as u64;
+        z = (z + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        ((z ^ (z >> 27)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    })
+}
+
+/// SuperPoint with random weights: its speed does not depend on them.
+fn superpoint(args: &Args) -> Result<Row> {
+    let mut tensors = std::collections::BTreeMap::new();
+    for (at, (name, shape)) in Architecture::SuperpointVgg.tensors().into_iter().enumerate() {
+        let fan_in: usize = shape.iter().skip(1).product();
+        let scale = if shape.len() > 1 { (6.0 / fan_in as f32).sqrt() } else { 0.1 };
+        let n = shape.iter().product();
+        let values: Vec<f32> = noise(at, n).map(|v| v * scale).collect();
+        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
+    }
+    let weights = LocalWeights { architecture: Architecture::SuperpointVgg, layout: "random", tensors };
+    let net = LocalNet::new(&weights)?;
+    let (h, w) = (480, 640);
+    let pixels: Vec<f32> = noise(99, h * w).map(|v| v * 0.5 + 0.5).collect();
+    let dir = tempfile::tempdir()?;
+    let peer = if args.peers {
+        let data = pixels.iter().map(|v| f64::from(*v)).collect();
+        std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: h, cols: w, data }))?;
+        std::fs::write(dir.path().join("model.safetensors"), weights.to_bytes(candle_core::DType::F32)?)?;
+        Some(Peer::start(args, "superpoint.py", &[dir.path()])?)
+    } else {
+        None
+    };
+    let x = Tensor::from_vec(pixels, (1, 1, h, w), &Device::Cpu)?;
+    let mut last = None;
+    let (ours, theirs) = rounds(
+        args,
+        || {
+            last = Some(net.dense(&x)?);
+            Ok(())
+        },
+        peer,
+    )?;
+    let check = match (&theirs, last) {
+        (Some(_), Some(dense)) => {
+            let path = dir.path().join("logits.npy");
+            let m = structvpr::eval::read_matrix(&std::fs::read(&path).context("the peer left no logits.npy")?)?;
+            let mine = dense.logits.flatten_all()?.to_vec1::<f32>()?;
+            let worst = m.data.iter().zip(&mine).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+            let range = m.data.iter().fold(0f64, |m, v| m.max(v.abs()));
+            ensure!(worst <= 1e-3 * range.max(1.0), "the logits differ from ONNX Runtime's by {worst:.1e} of {range:.1}");
+            Some(format!("largest difference {worst:.1e} of {range:.1}"))
+        }
+        _ => None,
+    };
+    Ok(row(format!("SuperPoint VGG {h}x{w} f32"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+}
+
+/// Features whose descriptors are noise, half of them shared by both images.
+fn random_features(seed: usize, n: usize, dim: usize) -> Result<Features> {
+    let shared = noise(1, n / 2 * dim).zip(noise(seed + 50, n / 2 * dim)).map(|(a, b)| a + 0.3 * b);
+    let values = shared.chain(noise(seed, (n - n / 2) * dim)).collect();
+    let at: Vec<f32> = noise(3, 2 * n).collect();
+    let points = at.chunks_exact(2).map(|p| [320.0 + 310.0 * p[0] + 4.0 * seed as f32, 240.0 + 230.0 * p[1]]).collect();
+    Ok(Features::new(640, 480, points, vec![1.0; n], dim, values)?)
+}
+
+fn matching(args: &Args) -> Result<Row> {
+    let (n, dim) = (1000, 256);
+    let (query, reference) = (random_features(1, n, dim)?, random_features(2, n, dim)?);
+    let dir = tempfile::tempdir()?;
+    let peer = if args.peers {
+        for (name, f) in [("query.npy", &query), ("reference.npy", &reference)] {
+            let data = f.descriptors().iter().map(|v| f64::from(*v)).collect();
+            std::fs::write(dir.path().join(name), write_npy(&Matrix { rows: n, cols: dim, data }))?;
+        }
+        Some(Peer::start(args, "matching.py", &[dir.path()])?)
+    } else {
+        None
+    };
+    let mut found = Vec::new();
+    let (ours, theirs) = rounds(
+        args,
+        || {
+            found = mutual_matches(&query, &reference, 1.0)?;
+            Ok(())
+        },
+        peer,
+    )?;
+    let check = match &theirs {
+        Some(_) => {
+            let text = std::fs::read_to_string(dir.path().join("matches.txt")).context("the peer left no matches.txt")?;
+            let same = found.iter().filter(|m| text.lines().any(|l| l == format!("{} {}", m.query, m.reference))).count();
+            let total = text.lines().count();
+            ensure!(same + 2 >= total.max(found.len()), "{same} matches agree of our {} and OpenCV's {total}", found.len());
+            Some(format!("{same} of {total} matches the same"))
+        }
+        None => None,
+    };
+    Ok(row(format!("matching {n} x {n} x {dim}"), ours, theirs.map(|t| ("BFMatcher crossCheck", t)), check))
+}
+
+/// One pair as a keyframe's candidate costs it: unpacking, matching, robust estimation.
+fn verification(args: &Args) -> Result<Row> {
+    let (n, dim) = (800, 256);
+    let (query, packed) = (random_features(1, n, dim)?, CompactFeatures::new(&random_features(2, n, dim)?));
+    let mut inliers = 0;
+    let (ours, _) = rounds(
+        args,
+        || {
+            let reference = packed.unpack()?;
+            let matches = mutual_matches(&query, &reference, 1.0)?;
+            let found = verify(&View::of(&query), &View::of(&reference), &matches, &VerifyConfig::default())?;
+            inliers = found.map_or(0, |v| v.inliers.len());
+            Ok(())
+        },
+        None,
+    )?;
+    Ok(row(format!("verification of a pair, {n} keypoints"), ours, None, Some(format!("{inliers} inliers"))))
 }
 
 struct Peer {

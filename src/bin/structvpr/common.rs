@@ -4,11 +4,13 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
+use structvpr::config::VerificationConfig;
 use structvpr::dataset::Sample;
 use structvpr::descriptor::Descriptor;
 use structvpr::error::{read_file, write_file};
 use structvpr::image::RgbImage;
 use structvpr::model::Model;
+use structvpr::rerank::Reranker;
 
 /// Loads `path`, or the shipped model, whose name is then printed.
 pub fn load_model(path: Option<&Path>) -> Result<Model> {
@@ -18,6 +20,52 @@ pub fn load_model(path: Option<&Path>) -> Result<Model> {
             let model = Model::shipped().context("the shipped model")?;
             eprintln!("model: {} (shipped; choose another with --model)", model.identity().name);
             Ok(model)
+        }
+    }
+}
+
+/// The second stage, as several commands take it.
+#[derive(clap::Args)]
+pub struct RerankArgs {
+    /// Re-rank the best by matching local features and their geometry: sift, orb, akaze, or a network (superpoint_vgg,
+    /// superpoint_squeeze, xfeat), which wants --rerank-weights.
+    #[arg(long)]
+    pub rerank: Option<String>,
+    /// Weights of the network: PyTorch, ONNX, or converted with `structvpr models`.
+    #[arg(long, requires = "rerank")]
+    pub rerank_weights: Option<PathBuf>,
+    /// Keypoints per image, at most.
+    #[arg(long, default_value_t = 800, requires = "rerank")]
+    pub keypoints: usize,
+    /// SuperGlue's weights, which then matches instead of mutual nearest neighbours.
+    #[arg(long, requires = "rerank")]
+    pub superglue_weights: Option<PathBuf>,
+    /// Of the robust estimation: the same seed gives the same bytes.
+    #[arg(long, default_value_t = 1, requires = "rerank")]
+    pub seed: u64,
+}
+
+impl RerankArgs {
+    /// As settings; `None` if no second stage was asked for.
+    pub fn settings(&self) -> Option<VerificationConfig> {
+        let text = |p: &Option<PathBuf>| p.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        Some(VerificationConfig {
+            enabled: true,
+            features: self.rerank.clone()?,
+            weights: text(&self.rerank_weights),
+            superglue_weights: text(&self.superglue_weights),
+            keypoints: self.keypoints,
+            seed: self.seed as usize,
+            ..VerificationConfig::default()
+        })
+    }
+
+    /// The second stage; `None` if none was asked for.
+    pub fn reranker(&self) -> Result<Option<Reranker>> {
+        anyhow::ensure!(self.keypoints > 0, "--keypoints must be at least 1");
+        match self.settings() {
+            Some(settings) => Ok(Reranker::from_settings(&settings)?),
+            None => Ok(None),
         }
     }
 }

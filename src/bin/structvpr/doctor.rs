@@ -197,6 +197,13 @@ fn rejected(done: &Finished, say: Say) {
                     format!("raise decision.max_odometry_distance_m to {far:.0}, or 0 to switch the gate off"),
                 )
             }
+            Reason::Geometry => {
+                let leads: f64 = percentile(&mut of(&|e| e.lead.unwrap_or(0.0)), 0.9).unwrap_or(0.0);
+                (
+                    format!("the geometry does not agree, or agrees with another place nearly as well (a tenth reach a lead of {leads:.2}; wanted {})", config.verification.min_lead),
+                    "a network finds more than verification.features: sift does (see `structvpr models`); or lower verification.min_lead".to_string(),
+                )
+            }
             Reason::RateLimit => (
                 format!("a closure came less than {} s before", d.min_closure_interval_s),
                 "lower decision.min_closure_interval_s; 0 is no limit".to_string(),

@@ -10,6 +10,7 @@ mod convert;
 mod describe;
 mod doctor;
 mod eval;
+mod models;
 mod replay;
 
 use clap::{Parser, Subcommand};
@@ -38,9 +39,11 @@ enum Command {
     Compare(compare::Args),
     /// Turn a weight file (ours, torchvision, TensorFlow-derived) into our safetensors.
     Convert(convert::Args),
+    /// List, check and convert weights for local features and matching; say where each is to be had.
+    Models(models::Args),
     /// Say in words why few or no loops were found, and which setting to change.
     Doctor(doctor::Args),
-    /// Measure descriptor and search times on this machine, with --peers against their peers.
+    /// Measure descriptor, search, SuperPoint, matching and verification on this machine, with --peers against their peers.
     Bench(bench::Args),
 }
 
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => replay::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Convert(args) => convert::run(args),
+        Command::Models(args) => models::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     };

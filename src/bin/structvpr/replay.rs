@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use structvpr::config::Config;
+use std::sync::Arc;
+use structvpr::config::{Config, VerificationConfig};
 use structvpr::dataset::PoseTable;
 use structvpr::error::write_file;
 use structvpr::eval::report::{html, DrawnClosure, Pair, ReportData};
@@ -16,6 +17,7 @@ use structvpr::map::Map;
 use structvpr::model::Model;
 use structvpr::pipeline::{Evidence, LoopDetector, Outcome, Reason};
 use structvpr::replay::{self, Run, Sequence, SourceOptions};
+use structvpr::rerank::Reranker;
 
 /// What to run over and how: shared with `doctor`.
 #[derive(clap::Args)]
@@ -59,6 +61,11 @@ pub struct RunArgs {
     /// Remove lens distortion with the bag's camera_info before describing.
     #[arg(long)]
     undistort: bool,
+    #[command(flatten)]
+    rerank: common::RerankArgs,
+    /// Places per keyframe that are re-ranked; the settings' `verification.candidates` if none is given.
+    #[arg(long, requires = "rerank")]
+    top_k: Option<usize>,
 }
 
 #[derive(clap::Args)]
@@ -87,13 +94,26 @@ pub struct Finished {
 pub fn execute(args: &RunArgs) -> Result<Finished> {
     ensure!(args.rate > 0.0 && args.rate <= 1000.0, "--rate {} is outside 0 to 1000", args.rate);
     ensure!(args.truth_radius > 0.0 && args.truth_radius.is_finite(), "--truth-radius {} is not above 0", args.truth_radius);
-    let config = match &args.config {
+    let mut config = match &args.config {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
             Config::from_yaml(&text).with_context(|| path.display().to_string())?
         }
         None => Config::default(),
     };
+    if let Some(asked) = args.rerank.settings() {
+        let given = config.verification;
+        config.verification = VerificationConfig {
+            candidates: args.top_k.unwrap_or(given.candidates),
+            method: given.method,
+            threshold_px: given.threshold_px,
+            budget_ms: given.budget_ms,
+            stop_lead: given.stop_lead,
+            min_lead: given.min_lead,
+            min_consistent: given.min_consistent,
+            ..asked
+        };
+    }
     let truth = match &args.ground_truth {
         Some(path) => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -113,7 +133,9 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
         folder_rate_hz: args.rate,
     };
     let sequence = replay::open(&args.input, &options)?;
-    let detector = LoopDetector::new(config, map, model.spec().similarity_threshold)?;
+    let verifier = Reranker::from_settings(&config.verification)?;
+    let mut detector = LoopDetector::new(config, map, model.spec().similarity_threshold)?;
+    detector.set_verifier(verifier.map(Arc::new));
     let bar = common::progress(sequence.len_hint(), "images");
     let run_options = replay::RunOptions { undistort: args.undistort, odometry: !args.no_odometry };
     let run = replay::run(&*sequence, &model, detector, truth.as_ref(), run_options, &mut |n| bar.set_position(n))?;
@@ -267,6 +289,9 @@ impl Finished {
             "time_gap_s",
             "odometry_distance_m",
             "verdict",
+            "geometry",
+            "inliers",
+            "lead",
         ])?;
         let keyframes = self.run.detector.map().keyframes();
         for r in &self.run.decisions {
@@ -297,6 +322,9 @@ impl Finished {
                 optional(e.map(|e| e.time_gap_s)),
                 optional(e.and_then(|e| e.odometry_distance_m)),
                 self.verdict(q).map(verdict_name).unwrap_or_default().to_string(),
+                geometry_name(r.reranked.first()),
+                r.reranked.first().and_then(|r| r.verified()).map(|v| v.inliers.len().to_string()).unwrap_or_default(),
+                optional(e.and_then(|e| e.lead)),
             ])?;
         }
         Ok(out.into_inner()?)
@@ -420,6 +448,15 @@ impl Finished {
             Pair { caption, good, query: image(&keyframes[*q].name), matched: image(&keyframes[e.matched].name) }
         };
         Ok((best.iter().map(pair).collect(), worst.iter().map(pair).collect()))
+    }
+}
+
+/// What the geometry of the first candidate says: the model that agrees, or why none does.
+fn geometry_name(first: Option<&structvpr::rerank::Reranked>) -> String {
+    match first.and_then(|r| r.verification.as_ref()) {
+        Some(Ok(v)) => v.method.name().to_uppercase(),
+        Some(Err(failure)) => failure.name().into(),
+        None => String::new(),
     }
 }
 
