@@ -1,5 +1,6 @@
 //! A decision as a list of candidates, each with what became of it.
 
+use super::geometry::Checked;
 use crate::map::{Hit, Map};
 use crate::pipeline::{Decision, LoopDetector, Outcome, Reason};
 
@@ -73,6 +74,8 @@ pub struct Candidate {
     pub time_gap_s: f64,
     /// What became of it.
     pub standing: Standing,
+    /// What its geometry says; `None` where it was not looked at.
+    pub checked: Option<Checked>,
 }
 
 /// Who asks: robot, session and stamp of the query.
@@ -105,6 +108,7 @@ fn candidate(map: &Map, asking: Asking, rank: usize, hit: Hit, standing: Standin
         consistent_count: 0,
         time_gap_s: asking.stamp_ns.saturating_sub(k.stamp_ns) as f64 * 1e-9,
         standing,
+        checked: None,
     }
 }
 

@@ -5,6 +5,7 @@
 //! detector, the pose at the image's stamp.
 
 pub mod candidate;
+pub mod geometry;
 pub mod inbox;
 pub mod picture;
 pub mod qos;
@@ -14,12 +15,16 @@ use crate::bag::messages::{stamp_of, CameraInfo, CompressedImage, Header, Image,
 use crate::config::{Config, Settings};
 use crate::descriptor::Descriptor;
 use crate::error::{read_file, Error, Result};
-use crate::image::{median_depth_m, Camera, RgbImage};
-use crate::map::Map;
+use crate::features::Features;
+use crate::geometry::View;
+use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
+use crate::map::{Hit, Map};
 use crate::model::Model;
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
+use crate::rerank::{lead, Reranked, Reranker};
 use candidate::{Asking, Candidate, Standing, Why};
+use geometry::{checked, Checked};
 use inbox::{Inbox, Level};
 use nalgebra::Isometry3;
 use sha2::{Digest, Sha256};
@@ -27,7 +32,7 @@ use stats::{Rate, Stats, Timings};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Odometry is kept so long.
@@ -36,6 +41,8 @@ const ODOMETRY_KEPT_NS: i64 = 60_000_000_000;
 const ODOMETRY_SILENT: Duration = Duration::from_secs(1);
 /// Depth images that are remembered per camera.
 const DEPTHS_KEPT: usize = 32;
+/// Depth images that are kept whole per camera: as many as may come while an image waits.
+const DEPTH_IMAGES_KEPT: usize = 8;
 /// Depth further from the image's stamp is another view.
 const DEPTH_SLACK_NS: u64 = 50_000_000;
 /// Refused edges that a viewer is shown.
@@ -105,6 +112,8 @@ struct CameraState {
     received: u64,
     /// Stamp and median of the last depth images.
     depth: VecDeque<(i64, Option<f32>)>,
+    /// The last depth images themselves, where matches are verified.
+    depth_images: VecDeque<Image>,
 }
 
 #[derive(Debug, Default)]
@@ -192,6 +201,9 @@ pub struct Engine {
     names: Vec<String>,
     compressed: bool,
     undistort: bool,
+    verifies: bool,
+    /// `T_base_optical` of each camera.
+    camera_poses: Vec<Isometry3<f64>>,
     robot: u32,
     start: Instant,
     /// Images that wait.
@@ -239,11 +251,17 @@ impl Engine {
         let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
         detector.set_robot(robot);
         detector.set_localization_only(settings.map.localization_only);
+        let verifier = Reranker::from_settings(&settings.verification)?;
+        let verifies = verifier.is_some();
+        detector.set_verifier(verifier.map(Arc::new));
         let names = settings.input.cameras.clone();
+        let camera_poses = (0..names.len()).map(|i| settings.input.camera_pose(i)).collect::<Result<_>>()?;
         Ok(Self {
             model,
             compressed: settings.input.image_transport == "compressed",
             undistort: settings.input.undistort,
+            verifies,
+            camera_poses,
             robot,
             start: Instant::now(),
             inbox: Inbox::new(names.len(), settings.input.queue_depth),
@@ -349,7 +367,75 @@ impl Engine {
         state.depth.push_back((m.header.stamp_ns, median));
         let surplus = state.depth.len().saturating_sub(DEPTHS_KEPT);
         state.depth.drain(..surplus);
+        if self.verifies {
+            state.depth_images.push_back(m);
+            let surplus = state.depth_images.len().saturating_sub(DEPTH_IMAGES_KEPT);
+            state.depth_images.drain(..surplus);
+        }
         Ok(())
+    }
+
+    /// The features with the depth at the image's stamp, where there is one.
+    fn with_depth(&self, camera: usize, stamp_ns: i64, features: Features) -> Result<Features> {
+        let state = lock(&self.cameras[camera]);
+        let near = |m: &&Image| m.header.stamp_ns.abs_diff(stamp_ns) <= DEPTH_SLACK_NS;
+        let Some(m) = state.depth_images.iter().filter(near).min_by_key(|m| m.header.stamp_ns.abs_diff(stamp_ns)) else {
+            return Ok(features);
+        };
+        let depths = depths_at(&m.raw(), features.size(), features.points())?;
+        features.with_depths(depths)
+    }
+
+    /// The calibration of the images as they are described; `None` where none is known.
+    fn calibration(&self, camera: usize) -> Option<Camera> {
+        let calibration = lock(&self.cameras[camera]).calibration.clone()?;
+        Some(if self.undistort { Camera { d: Vec::new(), ..calibration } } else { calibration })
+    }
+
+    /// `T_base_optical` of the camera that saw a keyframe; of the first where its name is not known.
+    fn camera_pose(&self, name: &str) -> Isometry3<f64> {
+        let at = self.names.iter().position(|n| n == name).unwrap_or(0);
+        self.camera_poses.get(at).copied().unwrap_or_default()
+    }
+
+    /// The account of one re-ranked hit.
+    fn checked(&self, detector: &LoopDetector, verifier: &Reranker, camera: &str, keypoints: usize, hit: &Reranked) -> Option<Checked> {
+        let result = hit.verification.as_ref()?;
+        let (map, row) = (detector.map(), hit.hit.row);
+        let other = map.features(row, &verifier.identity()).map_or(0, |f| f.len());
+        let success = result.is_ok() && hit.lead >= detector.config().verification.min_lead;
+        let poses = [self.camera_pose(camera), self.camera_pose(&map.keyframes()[row].camera)];
+        Some(checked(result, success, verifier.verify.method, [keypoints, other], poses, verifier.verify.seed))
+    }
+
+    /// The geometry of two keyframes of the map, `query` and `matched` by row. Believed where there are clearly more inliers
+    /// than chance gives.
+    ///
+    /// Errors: verification is off, a row that is not there, or one without features.
+    pub fn verify_pair(&self, query: usize, matched: usize) -> Result<Checked> {
+        let (verifier, sides, names, min_lead) = {
+            let detector = lock(&self.detector);
+            let verifier = detector.verifier().cloned().ok_or_else(verification_is_off)?;
+            let map = detector.map();
+            let side = |row: usize| -> Result<(Features, Option<Camera>)> {
+                let n = map.keyframes().len();
+                if row >= n {
+                    return Err(Error::map(format!("no keyframe {row}; the map has {n}")));
+                }
+                let packed = map.features(row, &verifier.identity()).ok_or_else(|| {
+                    Error::map(format!("keyframe {row} has no features of {}; it was mapped without", verifier.identity()))
+                })?;
+                Ok((packed.unpack()?, map.calibration(row).cloned()))
+            };
+            let names = [query, matched].map(|row| map.keyframes().get(row).map(|k| k.camera.clone()).unwrap_or_default());
+            let sides = [side(query)?, side(matched)?];
+            (verifier, sides, names, detector.config().verification.min_lead)
+        };
+        let [(fq, cq), (fm, cm)] = &sides;
+        let result = verifier.pair(&View { features: fq, camera: cq.as_ref() }, &View { features: fm, camera: cm.as_ref() })?;
+        let success = result.as_ref().is_ok_and(|v| lead(v.inliers.len(), 0) >= min_lead);
+        let poses = names.map(|n| self.camera_pose(&n));
+        Ok(checked(&result, success, verifier.verify.method, [fq.len(), fm.len()], poses, verifier.verify.seed))
     }
 
     /// The median depth at an image's stamp.
@@ -433,7 +519,7 @@ impl Engine {
         let odom_from_base = self.pose(header.stamp_ns);
         timings.odometry = ms(clock);
         let clock = Instant::now();
-        let frame = Frame {
+        let mut frame = Frame {
             camera: name.into(),
             stamp_ns: header.stamp_ns,
             name: format!("{}.{:09}", header.stamp_ns.div_euclid(1_000_000_000), header.stamp_ns.rem_euclid(1_000_000_000)),
@@ -441,22 +527,43 @@ impl Engine {
             luma_std,
             median_depth_m: self.depth_at(camera, header.stamp_ns),
             odom_from_base,
+            features: None,
+            calibration: self.calibration(camera),
         };
+        // Outside the lock: a network takes as long as the descriptor's.
+        let verifier = {
+            let detector = lock(&self.detector);
+            detector.verifier().cloned().filter(|_| detector.wants_features(&frame))
+        };
+        let keypoints = match &verifier {
+            Some(v) => frame.features.insert(self.with_depth(camera, header.stamp_ns, v.extract(&image)?)?).len(),
+            None => 0,
+        };
+        timings.verify = ms(clock);
+        let clock = Instant::now();
         let limit = lock(&self.settings).publish.max_candidates;
         let mut detector = lock(&self.detector);
         let session = detector.session();
         let step = detector.process(frame)?;
+        let verification = detector.verification_time();
         lock(&self.stats).count(&step);
         self.notice_session(session, &detector);
         let Step::Keyframe(decision) = step else { return Ok(None) };
         let asking = Asking { robot: self.robot, session: decision.session, stamp_ns: header.stamp_ns };
-        let candidates = candidate::of_decision(&detector, asking, &decision, limit);
+        let mut candidates = candidate::of_decision(&detector, asking, &decision, limit);
+        if let Some(v) = &verifier {
+            for (c, hit) in candidates.iter_mut().zip(&decision.reranked) {
+                c.checked = self.checked(&detector, v, name, keypoints, hit);
+            }
+        }
         let match_pose = candidates.first().and_then(|c| detector.map().keyframes()[c.row].odom_from_base);
         let (map_id, map_revision) = (detector.map().id(), detector.map().revision());
         let generation = self.generation.load(Ordering::Relaxed);
         drop(detector);
         self.remember_refused(candidates.first(), odom_from_base, match_pose, decision.session);
-        timings.search = ms(clock);
+        let verification = verification.as_secs_f32() * 1e3;
+        timings.search = ms(clock) - verification;
+        timings.verify += verification;
         let arrived = arrival.at;
         Ok(Some(Keyed {
             camera,
@@ -598,15 +705,22 @@ impl Engine {
             detector.map().thumbnail(candidate.row)?.to_vec()
         };
         let matched = RgbImage::decode(&jpeg).ok()?;
-        picture::side_by_side(&keyed.image, &matched, candidate).ok()
+        let lines = keyed.decision.reranked.first().and_then(Reranked::verified).map(|v| v.lines()).unwrap_or_default();
+        picture::side_by_side(&keyed.image, &matched, candidate, &lines).ok()
     }
 
     /// Looks an encoded image up in the whole map. Returns its descriptor's time and the search's,
     /// milliseconds, with map id and revision.
     ///
-    /// Errors: it is no JPEG or PNG.
-    pub fn query(&self, image: &[u8], stamp_ns: i64, top_k: usize) -> Result<(Vec<Candidate>, Timings, String, u64)> {
+    /// With `verify` the best places are ordered by their geometry, and the first is accepted by that.
+    ///
+    /// Errors: it is no JPEG or PNG; `verify`, and verification is off.
+    pub fn query(&self, image: &[u8], stamp_ns: i64, top_k: usize, verify: bool) -> Result<(Vec<Candidate>, Timings, String, u64)> {
         let mut timings = Timings::default();
+        let verifier = match verify {
+            true => Some(lock(&self.detector).verifier().cloned().ok_or_else(verification_is_off)?),
+            false => None,
+        };
         let clock = Instant::now();
         let image = RgbImage::decode(image)?;
         timings.decode = ms(clock);
@@ -614,14 +728,33 @@ impl Engine {
         let descriptor = self.model.describe(&image)?;
         timings.describe = ms(clock);
         let clock = Instant::now();
+        let features = verifier.as_ref().map(|v| v.extract(&image)).transpose()?;
+        timings.verify = ms(clock);
+        let clock = Instant::now();
         let top_k = if top_k == 0 { lock(&self.settings).publish.max_candidates } else { top_k };
         let detector = lock(&self.detector);
         let (hits, second) = detector.query(&descriptor, top_k);
         // It belongs to no run, so every match is one of another session.
         let asking = Asking { robot: self.robot, session: u32::MAX, stamp_ns };
-        let candidates = candidate::of_query(&detector, asking, &hits, second);
+        let mut candidates = candidate::of_query(&detector, asking, &hits, second);
         timings.search = ms(clock);
-        timings.total = timings.decode + timings.describe + timings.search;
+        if let (Some(v), Some(features)) = (&verifier, &features) {
+            let clock = Instant::now();
+            let reranked = detector.rerank(v, &View::of(features), &hits)?;
+            let order: Vec<Hit> = reranked.iter().map(|r| r.hit).collect();
+            candidates = candidate::of_query(&detector, asking, &order, second);
+            for (c, hit) in candidates.iter_mut().zip(&reranked) {
+                c.checked = self.checked(&detector, v, "", features.len(), hit);
+            }
+            if let Some(first) = candidates.first_mut() {
+                first.standing = match first.checked.is_some_and(|c| c.success) {
+                    true => Standing::Accepted,
+                    false => Standing::Rejected(Why::Detector(Reason::Geometry)),
+                };
+            }
+            timings.verify += ms(clock);
+        }
+        timings.total = timings.decode + timings.describe + timings.search + timings.verify;
         Ok((candidates, timings, detector.map().id(), detector.map().revision()))
     }
 
@@ -794,6 +927,10 @@ impl Engine {
     pub fn stats(&self) -> Stats {
         lock(&self.stats).clone()
     }
+}
+
+fn verification_is_off() -> Error {
+    Error::map("verification is off; start the node with verification.enabled: true")
 }
 
 /// First 16 hexadecimal digits of the settings' SHA-256.

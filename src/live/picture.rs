@@ -11,8 +11,15 @@ use opencv::prelude::*;
 const CAPTION: i32 = 22;
 const EDGE: i32 = 3;
 
-/// The pair at the size of the smaller image, in a frame of green (accepted), amber (pending) or red.
-pub fn side_by_side(query: &RgbImage, matched: &RgbImage, candidate: &Candidate) -> Result<RgbImage> {
+/// Lines that are drawn at most: more would hide the images.
+const LINES: usize = 100;
+
+/// A point of the query and one of the match, as shares of width and height.
+pub type Line = ([f32; 2], [f32; 2]);
+
+/// The pair at the size of the smaller image, in a frame of green (accepted), amber (pending) or red; `lines` join what
+/// agrees.
+pub fn side_by_side(query: &RgbImage, matched: &RgbImage, candidate: &Candidate, lines: &[Line]) -> Result<RgbImage> {
     let (w, h) = (matched.width(), matched.height());
     let query = query.resize_area(w, h)?;
     let colour = match candidate.standing {
@@ -28,9 +35,24 @@ pub fn side_by_side(query: &RgbImage, matched: &RgbImage, candidate: &Candidate)
         let at = Rect::new(EDGE + i as i32 * (cw + EDGE), CAPTION, cw, ch);
         pixels.copy_to(&mut canvas.roi_mut(at)?)?;
     }
+    for (i, (q, m)) in lines.iter().step_by(lines.len().div_ceil(LINES).max(1)).enumerate() {
+        let at = |p: &[f32; 2], left: i32| Point::new(left + (p[0] * w as f32) as i32, CAPTION + (p[1] * h as f32) as i32);
+        // Hues that neighbours do not share.
+        let hue = i as f64 * 2.4;
+        let colour = Scalar::new(140.0 + 110.0 * hue.sin(), 140.0 + 110.0 * (hue + 2.1).sin(), 140.0 + 110.0 * (hue + 4.2).sin(), 0.0);
+        let (a, b) = (at(q, EDGE), at(m, 2 * EDGE + cw));
+        imgproc::line(&mut canvas, a, b, colour, 1, imgproc::LINE_AA, 0)?;
+        for p in [a, b] {
+            imgproc::circle(&mut canvas, p, 2, colour, 1, imgproc::LINE_AA, 0)?;
+        }
+    }
     let margin = candidate.margin.map_or("-".into(), |m| format!("{m:.3}"));
-    let text =
-        format!("{}  sim {:.3}  margin {margin}  chain {}", candidate.standing.name(), candidate.similarity, candidate.consistent_count);
+    let inliers = candidate.checked.map_or(String::new(), |c| match c.failure {
+        Some(failure) => format!("  {}", failure.name()),
+        None => format!("  inliers {}", c.inliers),
+    });
+    let (name, count) = (candidate.standing.name(), candidate.consistent_count);
+    let text = format!("{name}  sim {:.3}  margin {margin}  chain {count}{inliers}", candidate.similarity);
     // As large as fits the width.
     let mut scale = 0.5;
     let mut baseline = 0;

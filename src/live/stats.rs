@@ -74,6 +74,8 @@ pub struct Timings {
     pub odometry: f32,
     /// Search and decision.
     pub search: f32,
+    /// Local features and geometry.
+    pub verify: f32,
     /// From arrival to publication.
     pub total: f32,
 }

@@ -69,10 +69,10 @@ fn a_place_seen_again_is_a_candidate_with_its_account() {
     assert_eq!(engine.stats().closures, 12);
     // The same image again, asked for from outside.
     let jpeg = RgbImage::new(160, 120, pixels(5)).unwrap().to_png().unwrap();
-    let (found, _, id, revision) = engine.query(&jpeg, 0, 3).unwrap();
+    let (found, _, id, revision) = engine.query(&jpeg, 0, 3, false).unwrap();
     assert!(found.len() == 3 && [5, 17].contains(&found[0].row) && found[0].relation == Relation::InterSession);
     assert_eq!((id, revision), (engine.map_report().id, 36));
-    assert!(engine.query(b"no image", 0, 3).is_err());
+    assert!(engine.query(b"no image", 0, 3, false).is_err());
 }
 
 #[test]

@@ -3,17 +3,19 @@
 use crate::bag::messages::Header;
 use crate::config::PublishConfig;
 use crate::descriptor::{Descriptor, ModelIdentity};
+use crate::geometry::{transformed_covariance, Method};
 use crate::image::RgbImage;
 use crate::live::candidate::{Candidate, Relation, Standing, Why};
+use crate::live::geometry::Checked;
 use crate::live::stats::Timings;
 use crate::live::{Keyed, Point, Scene};
 use crate::pipeline::Reason;
-use nalgebra::Isometry3;
+use nalgebra::{Isometry3, Matrix6};
 use r2r::builtin_interfaces::msg::Time;
 use r2r::geometry_msgs::msg::{Pose, PoseWithCovariance, PoseWithCovarianceStamped};
 use r2r::sensor_msgs::msg::Image;
 use r2r::std_msgs::msg::{ColorRGBA, Float64MultiArray, Header as HeaderMsg};
-use r2r::structvpr::msg::{KeyframeDescriptor, KeyframeId, LoopClosureCandidate as Msg, LoopClosureCandidates};
+use r2r::structvpr::msg::{GeometricVerification, KeyframeDescriptor, KeyframeId, LoopClosureCandidate as Msg, LoopClosureCandidates};
 use r2r::visualization_msgs::msg::{Marker, MarkerArray};
 
 /// Nanoseconds as a message; rounds nothing.
@@ -46,6 +48,7 @@ fn reject_reason(why: Why) -> u8 {
         Why::Detector(Reason::Ambiguous) => Msg::AMBIGUOUS as u8,
         Why::Detector(Reason::NotConsistent) => Msg::NOT_CONSISTENT as u8,
         Why::Detector(Reason::PoseGate) => Msg::POSE_GATE as u8,
+        Why::Detector(Reason::Geometry) => Msg::GEOMETRY as u8,
         Why::Detector(Reason::RateLimit) => Msg::RATE_LIMIT as u8,
     }
 }
@@ -75,7 +78,38 @@ fn candidate(query: &KeyframeId, c: &Candidate) -> Msg {
         time_gap_s: c.time_gap_s as f32,
         decision,
         reject_reason,
-        verification: Vec::new(),
+        verification: c.checked.iter().map(verification).collect(),
+    }
+}
+
+/// What the geometry of a pair says.
+pub fn verification(c: &Checked) -> GeometricVerification {
+    let short = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    let mut pose = PoseWithCovariance::default();
+    // No pose is known to be the identity: a quaternion of zeros cannot be taken for one.
+    pose.pose.orientation.w = 0.0;
+    if let Some((p, covariance)) = &c.pose {
+        pose.pose = self::pose(p);
+        pose.covariance = row_major(covariance);
+    }
+    GeometricVerification {
+        method: match c.method {
+            Method::Auto | Method::Fundamental => GeometricVerification::FUNDAMENTAL as u8,
+            Method::Essential => GeometricVerification::ESSENTIAL as u8,
+            Method::Homography => GeometricVerification::HOMOGRAPHY as u8,
+            Method::Pnp => GeometricVerification::PNP as u8,
+        },
+        success: c.success,
+        scale_known: c.scale_known,
+        keypoints_query: short(c.keypoints[0]),
+        keypoints_match: short(c.keypoints[1]),
+        matches: short(c.matches),
+        inliers: short(c.inliers),
+        inlier_ratio: if c.matches > 0 { c.inliers as f32 / c.matches as f32 } else { 0.0 },
+        coverage: c.coverage as f32,
+        mean_error_px: c.mean_error_px as f32,
+        t_match_query: pose,
+        seed: c.seed,
     }
 }
 
@@ -109,7 +143,7 @@ pub fn candidates(
         map_revision: map.revision,
         descriptor_ms: timings.describe,
         search_ms: timings.search,
-        verify_ms: 0.0,
+        verify_ms: timings.verify,
         total_ms: timings.total,
     }
 }
@@ -159,11 +193,35 @@ pub fn place_covariance(settings: &PublishConfig) -> Vec<f64> {
     c
 }
 
-/// The pose of the match, for the time of the query.
-pub fn match_pose(stamp_ns: i64, frame_id: String, p: &Isometry3<f64>, settings: &PublishConfig) -> PoseWithCovarianceStamped {
+/// `T_match_query` in metres with its covariance: measured, or that of a place that was recognised and no more. An
+/// unscaled translation is no pose in metres.
+fn relative(c: &Candidate, settings: &PublishConfig) -> (Isometry3<f64>, Vec<f64>) {
+    match c.checked.filter(|c| c.success && c.scale_known).and_then(|c| c.pose) {
+        Some((pose, covariance)) => (pose, row_major(&covariance)),
+        None => (Isometry3::identity(), place_covariance(settings)),
+    }
+}
+
+fn row_major(covariance: &Matrix6<f64>) -> Vec<f64> {
+    (0..36).map(|i| covariance[(i / 6, i % 6)]).collect()
+}
+
+/// The pose at the query's stamp: the match's, `p`, with the way from there where it was measured.
+pub fn match_pose(
+    stamp_ns: i64,
+    frame_id: String,
+    p: &Isometry3<f64>,
+    c: &Candidate,
+    settings: &PublishConfig,
+) -> PoseWithCovarianceStamped {
+    let (way, own) = relative(c, settings);
+    let covariance = match c.checked.filter(|c| c.success && c.scale_known).and_then(|c| c.pose) {
+        Some((way, measured)) => row_major(&transformed_covariance(p, &measured, &way, &Isometry3::identity())),
+        None => own,
+    };
     PoseWithCovarianceStamped {
         header: HeaderMsg { stamp: time(stamp_ns), frame_id },
-        pose: PoseWithCovariance { pose: pose(p), covariance: place_covariance(settings) },
+        pose: PoseWithCovariance { pose: pose(&(p * way)), covariance },
     }
 }
 
@@ -221,6 +279,7 @@ pub fn pose_graph(
         Some(PoseGraphNode { header: at(stamp_ns), robot_id: robot as i32, key: row as u64, pose: pose(&p?), ..Default::default() })
     };
     let (query, stamp_ns) = (keyed.decision.query, keyed.header.stamp_ns);
+    let (way, covariance) = relative(c, settings);
     let edge = PoseGraphEdge {
         header: at(stamp_ns),
         key_from: c.row as u64,
@@ -228,8 +287,8 @@ pub fn pose_graph(
         robot_from: c.robot as i32,
         robot_to: robot as i32,
         type_: PoseGraphEdge::LOOPCLOSE as i32,
-        pose: pose(&Isometry3::identity()),
-        covariance: place_covariance(settings),
+        pose: pose(&way),
+        covariance,
         ..Default::default()
     };
     let ends = [node(c.robot, c.row, c.stamp_ns, keyed.match_pose), node(robot, query, stamp_ns, keyed.odom_from_base)];

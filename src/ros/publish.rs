@@ -80,7 +80,7 @@ impl Publishers {
         let same = c.session == keyed.decision.session && c.robot == engine.robot();
         let frame = if same { engine.odometry_frame() } else { settings.map_frame.clone() };
         if let Some(pose) = &keyed.match_pose {
-            self.check("~/match_pose", self.pose.publish(&convert::match_pose(stamp_ns, frame.clone(), pose, &settings)));
+            self.check("~/match_pose", self.pose.publish(&convert::match_pose(stamp_ns, frame.clone(), pose, c, &settings)));
         }
         #[cfg(has_pose_graph_tools_msgs)]
         if keyed.decision.added {

@@ -4,7 +4,7 @@ use super::convert;
 use crate::live::Engine;
 use futures::StreamExt;
 use r2r::std_srvs::srv::{SetBool, Trigger};
-use r2r::structvpr::srv::{LoadMap, QueryImage, SaveMap};
+use r2r::structvpr::srv::{LoadMap, QueryImage, SaveMap, VerifyPair};
 use r2r::{Node, QosProfile};
 use std::path::Path;
 use std::sync::Arc;
@@ -37,11 +37,7 @@ fn load_map(engine: &Engine, request: &LoadMap::Request) -> LoadMap::Response {
 
 fn query_image(engine: &Engine, request: &QueryImage::Request) -> QueryImage::Response {
     let stamp_ns = convert::nanoseconds(&request.image.header.stamp);
-    if request.verify {
-        let message = "this version has no geometric verification; ask with verify = false".into();
-        return QueryImage::Response { success: false, message, ..Default::default() };
-    }
-    let result = engine.query(&request.image.data, stamp_ns, request.top_k.into());
+    let result = engine.query(&request.image.data, stamp_ns, request.top_k.into(), request.verify);
     let mut candidates = Default::default();
     if let Ok((found, timings, id, revision)) = &result {
         let query = convert::keyframe_id(engine.robot(), 0, None, stamp_ns);
@@ -51,6 +47,20 @@ fn query_image(engine: &Engine, request: &QueryImage::Request) -> QueryImage::Re
     }
     let (success, message) = said(result, |(found, ..)| format!("{} candidates", found.len()));
     QueryImage::Response { success, message, candidates }
+}
+
+fn verify_pair(engine: &Engine, request: &VerifyPair::Request) -> VerifyPair::Response {
+    // An id that no row can have is answered as one that is not there.
+    let row = |id: u64| usize::try_from(id).unwrap_or(usize::MAX);
+    let result = engine.verify_pair(row(request.a.keyframe_id), row(request.b.keyframe_id));
+    let verification = result.as_ref().map(convert::verification).unwrap_or_default();
+    let (success, message) = said(result, |c| match c.failure {
+        Some(failure) => format!("the images do not agree: {}", failure.name()),
+        None => {
+            format!("{} of {} matches agree: {}", c.inliers, c.matches, if c.success { "one place" } else { "no more than chance gives" })
+        }
+    });
+    VerifyPair::Response { success, message, verification }
 }
 
 /// Creates the services; they run on `runtime`, and what takes long on its blocking threads.
@@ -79,6 +89,7 @@ pub fn offer(node: &mut Node, runtime: &tokio::runtime::Handle, engine: &Arc<Eng
     service!(SaveMap::Service, "save_map", save_map);
     service!(LoadMap::Service, "load_map", load_map);
     service!(QueryImage::Service, "query_image", query_image);
+    service!(VerifyPair::Service, "verify_pair", verify_pair);
     service!(Trigger::Service, "reset", |engine: &Engine, _: &Trigger::Request| {
         let (success, message) = said(engine.reset(), |words| words);
         Trigger::Response { success, message }
