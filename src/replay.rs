@@ -7,12 +7,12 @@ use crate::bag::{is_bag, Bag};
 use crate::dataset::{list_images, Pose2, PoseTable, Sample};
 use crate::error::{read_file, Error, Result};
 use crate::eval::{KeyframeTruth, RunKeyframe};
-use crate::image::{Camera, RgbImage};
+use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
 use crate::model::Model;
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Outcome, Skip, Step};
 use rayon::prelude::*;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 
 /// An image of a sequence, not yet decoded.
@@ -22,6 +22,8 @@ pub struct Shot {
     pub stamp_ns: i64,
     /// Unique name in the run.
     pub name: String,
+    /// Registered depth of the same moment.
+    pub depth: Option<Image>,
     pixels: Pixels,
 }
 
@@ -70,6 +72,8 @@ pub struct SourceOptions {
     pub topic: Option<String>,
     /// Odometry topic; likewise.
     pub odom_topic: Option<String>,
+    /// Topic of registered depth images (16UC1, 32FC1), used where matches are verified.
+    pub depth_topic: Option<String>,
     /// Topic of ground-truth poses (PoseStamped) or NavSatFix; likewise.
     pub truth_topic: Option<String>,
     /// Images per second that folders are taken to have been recorded at.
@@ -78,7 +82,7 @@ pub struct SourceOptions {
 
 impl Default for SourceOptions {
     fn default() -> Self {
-        Self { topic: None, odom_topic: None, truth_topic: None, folder_rate_hz: 1.0 }
+        Self { topic: None, odom_topic: None, depth_topic: None, truth_topic: None, folder_rate_hz: 1.0 }
     }
 }
 
@@ -144,7 +148,7 @@ impl Sequence for FolderSequence {
     fn visit(&self, visit: &mut dyn FnMut(Shot) -> Result<()>) -> Result<Vec<String>> {
         for (i, s) in self.samples.iter().enumerate() {
             let stamp_ns = (i as f64 / self.rate_hz * 1e9).round() as i64;
-            visit(Shot { stamp_ns, name: s.name.clone(), pixels: Pixels::File(s.path.clone()) })?;
+            visit(Shot { stamp_ns, name: s.name.clone(), depth: None, pixels: Pixels::File(s.path.clone()) })?;
         }
         Ok(Vec::new())
     }
@@ -157,6 +161,7 @@ impl Sequence for FolderSequence {
 struct BagSequence {
     bag: Bag,
     topic: String,
+    depth: Option<String>,
     compressed: bool,
     images: u64,
     odometry: Track,
@@ -169,8 +174,19 @@ impl BagSequence {
     fn open(path: &Path, options: &SourceOptions) -> Result<Self> {
         let bag = Bag::open(path)?;
         let topic = image_topic(&bag, options.topic.as_deref()).map_err(|e| e.at(path))?;
+        let depth = options.depth_topic.clone();
+        if let Some(wanted) = &depth {
+            match bag.topics().get(wanted) {
+                None => return Err(no_topic(&bag, wanted).at(path)),
+                Some(t) if t.type_name != Image::TYPE => {
+                    return Err(Error::bag(format!("topic `{wanted}` is {}, not {}", t.type_name, Image::TYPE)).at(path));
+                }
+                Some(_) => {}
+            }
+        }
         let info = &bag.topics()[&topic];
         let mut sequence = Self {
+            depth,
             compressed: info.type_name == CompressedImage::TYPE,
             images: info.messages,
             topic,
@@ -277,6 +293,11 @@ fn image_topic(bag: &Bag, wanted: Option<&str>) -> Result<String> {
     }
     let mut found: Vec<&str> =
         bag.topics().keys().map(String::as_str).filter(|t| is_image(t) && !t.ends_with("/compressedDepth")).collect();
+    // Depth is no picture, where there are pictures.
+    let pictures: Vec<&str> = found.iter().copied().filter(|t| !t.contains("depth")).collect();
+    if !pictures.is_empty() {
+        found = pictures;
+    }
     // The same camera raw and compressed is one camera; the raw images are the better ones.
     let names: HashSet<&str> = found.iter().copied().collect();
     found.retain(|t| t.strip_suffix("/compressed").is_none_or(|base| !names.contains(base)));
@@ -291,6 +312,34 @@ fn image_topic(bag: &Bag, wanted: Option<&str>) -> Result<String> {
             "several image topics, choose one with --topic: {}",
             many.iter().map(counts).collect::<Vec<_>>().join(", ")
         ))),
+    }
+}
+
+/// Images that wait for the depth of their moment, which a bag may hold before or after them.
+#[derive(Default)]
+struct Pairs {
+    shots: VecDeque<Shot>,
+    depths: VecDeque<Image>,
+}
+
+/// Images that wait for depth at most, and depth images that are kept.
+const PAIRS_KEPT: usize = 8;
+/// Depth further from the image's stamp is another view.
+const DEPTH_SLACK_NS: u64 = 50_000_000;
+
+impl Pairs {
+    /// Hands on what needs to wait no longer; at the end all of it.
+    fn hand_on(&mut self, end: bool, visit: &mut dyn FnMut(Shot) -> Result<()>) -> Result<()> {
+        let newest = self.depths.back().map(|d| d.header.stamp_ns);
+        while self.shots.front().is_some_and(|s| end || self.shots.len() > PAIRS_KEPT || newest.is_some_and(|n| n >= s.stamp_ns)) {
+            let Some(mut shot) = self.shots.pop_front() else { break };
+            let apart = |d: &&Image| d.header.stamp_ns.abs_diff(shot.stamp_ns);
+            shot.depth = self.depths.iter().min_by_key(apart).filter(|d| apart(d) <= DEPTH_SLACK_NS).cloned();
+            visit(shot)?;
+        }
+        let surplus = self.depths.len().saturating_sub(PAIRS_KEPT);
+        self.depths.drain(..surplus);
+        Ok(())
     }
 }
 
@@ -315,18 +364,35 @@ impl Sequence for BagSequence {
         let name = |h: &Header| format!("{}.{:09}", h.stamp_ns.div_euclid(1_000_000_000), h.stamp_ns.rem_euclid(1_000_000_000));
         let mut bad = Vec::new();
         let mut damaged = 0u64;
-        let mut warnings = self.bag.read(Some(&[&self.topic]), &mut |m| {
+        let mut pairs = Pairs::default();
+        let topics: Vec<&str> = [Some(self.topic.as_str()), self.depth.as_deref()].into_iter().flatten().collect();
+        let mut warnings = self.bag.read(Some(&topics), &mut |m| {
+            if Some(m.topic) == self.depth.as_deref() {
+                // Depth that does not decode is depth that is missing.
+                pairs.depths.extend(Image::decode(m.data).ok());
+                return pairs.hand_on(false, visit);
+            }
             let shot = if self.compressed {
                 CompressedImage::decode(m.data).map(|c| Shot {
                     stamp_ns: c.header.stamp_ns,
                     name: name(&c.header),
+                    depth: None,
                     pixels: Pixels::Encoded(c.data),
                 })
             } else {
-                Image::decode(m.data).map(|i| Shot { stamp_ns: i.header.stamp_ns, name: name(&i.header), pixels: Pixels::Raw(i) })
+                Image::decode(m.data).map(|i| Shot {
+                    stamp_ns: i.header.stamp_ns,
+                    name: name(&i.header),
+                    depth: None,
+                    pixels: Pixels::Raw(i),
+                })
             };
             match shot {
-                Ok(shot) => visit(shot),
+                Ok(shot) if self.depth.is_none() => visit(shot),
+                Ok(shot) => {
+                    pairs.shots.push_back(shot);
+                    pairs.hand_on(false, visit)
+                }
                 Err(e) => {
                     damaged += 1;
                     if bad.is_empty() {
@@ -336,6 +402,7 @@ impl Sequence for BagSequence {
                 }
             }
         })?;
+        pairs.hand_on(true, visit)?;
         if damaged > 0 {
             warnings.push(format!("{damaged} message(s) on {} did not decode; the first: {}", self.topic, bad[0]));
         }
@@ -407,7 +474,7 @@ pub fn run(
         let described: Vec<Result<(Frame, RgbImage)>> =
             batch.par_iter().map(|s| describe(s, model, camera, calibration, odometry)).collect();
         images += batch.len() as u64;
-        for frame in described {
+        for (shot, frame) in batch.iter().zip(described) {
             let (mut frame, image) = match frame {
                 Ok(f) => f,
                 Err(e) => {
@@ -416,7 +483,15 @@ pub fn run(
                 }
             };
             if let (Some(v), true) = (&verifier, detector.wants_features(&frame)) {
-                frame.features = Some(v.extract(&image)?);
+                let features = v.extract(&image)?;
+                frame.features = Some(match &shot.depth {
+                    Some(depth) => {
+                        let depths =
+                            depths_at(&depth.raw(), features.size(), features.points()).map_err(|e| e.at(Path::new(&shot.name)))?;
+                        features.with_depths(depths)?
+                    }
+                    None => features,
+                });
             }
             match detector.process(frame)? {
                 Step::Skipped(why) => *skipped.entry(why).or_insert(0) += 1,
@@ -471,7 +546,7 @@ fn describe(
         name: shot.name.clone(),
         descriptor: model.describe(&image).map_err(at)?,
         luma_std: image.luma_stats().1,
-        median_depth_m: None,
+        median_depth_m: shot.depth.as_ref().map(|d| median_depth_m(&d.raw())).transpose().map_err(at)?.flatten(),
         odom_from_base: odometry.at(shot.stamp_ns),
         features: None,
         calibration: calibration.cloned(),

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 use structvpr::bag::Bag;
 use structvpr::config::Config;
 use structvpr::eval::score_run;
@@ -9,6 +10,7 @@ use structvpr::map::Map;
 use structvpr::model::Model;
 use structvpr::pipeline::LoopDetector;
 use structvpr::replay::{self, RunOptions, SourceOptions};
+use structvpr::rerank::Reranker;
 
 fn training(arguments: &[&str]) -> std::process::Output {
     Command::new(env!("CARGO_BIN_EXE_training")).args(arguments).output().expect("the binary starts")
@@ -33,6 +35,41 @@ fn two_laps_of_a_street_close_and_nothing_false_does() {
     let scores = score_run(&run.keyframes(), 10.0, 0.8);
     assert_eq!(scores.false_closures, 0, "{scores:?}");
     assert!(scores.found_share >= 0.8, "{scores:?}");
+}
+
+#[test]
+fn depth_in_a_bag_gives_metres() {
+    let dir = tempfile::tempdir().unwrap();
+    let bag = dir.path().join("deep");
+    let size = ["--size", "320", "240", "--seconds", "30", "--conditions", "sun,sun", "--depth"];
+    ok(&[&["bag", "--out", bag.to_str().unwrap()][..], &size].concat());
+    let options = SourceOptions { depth_topic: Some("/camera/depth/image_raw".into()), ..SourceOptions::default() };
+    let sequence = replay::open(std::slice::from_ref(&bag), &options).unwrap();
+    let model = Model::shipped().unwrap();
+    let mut config = Config::default();
+    config.search.exclusion_s = 5.0;
+    config.verification.enabled = true;
+    let verifier = Reranker::from_settings(&config.verification).unwrap();
+    let mut detector = LoopDetector::new(config, Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();
+    detector.set_verifier(verifier.map(Arc::new));
+    let run = replay::run(&*sequence, &model, detector, None, RunOptions { undistort: false, odometry: true }, &mut |_| {}).unwrap();
+    let (mut metric, mut right, mut unscaled) = (0, 0, 0);
+    for d in &run.decisions {
+        let Some(best) = d.reranked.first().filter(|r| r.lead >= 0.35) else { continue };
+        let Some(pose) = best.verified().and_then(|v| v.pose) else { continue };
+        if !pose.scale_known {
+            unscaled += 1;
+            continue;
+        }
+        metric += 1;
+        let (q, m) = (run.truth[d.query].unwrap(), run.truth[best.hit.row].unwrap());
+        let apart = (q.x - m.x).hypot(q.y - m.y);
+        right += usize::from((pose.reference_from_query.translation.vector.norm() - apart).abs() <= 0.3);
+    }
+    println!("{metric} metric poses, {right} of the right length, {unscaled} without scale");
+    assert!(metric >= 20 && right * 10 >= metric * 9, "{right} of {metric}");
+    let e = replay::open(&[bag], &SourceOptions { depth_topic: Some("/nope".into()), ..SourceOptions::default() }).err().unwrap();
+    assert!(e.to_string().contains("/nope") && e.to_string().contains("/camera/depth/image_raw"), "{e}");
 }
 
 #[test]

@@ -37,6 +37,9 @@ pub struct RunArgs {
     /// nav_msgs/Odometry topic; needed only where a bag has several.
     #[arg(long)]
     odom_topic: Option<String>,
+    /// Registered depth in the bag (16UC1, 32FC1): verified matches then have a pose in metres.
+    #[arg(long)]
+    depth_topic: Option<String>,
     /// Ground truth in the bag: geometry_msgs/PoseStamped or sensor_msgs/NavSatFix.
     #[arg(long)]
     truth_topic: Option<String>,
@@ -129,6 +132,7 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
     let options = SourceOptions {
         topic: args.topic.clone(),
         odom_topic: args.odom_topic.clone(),
+        depth_topic: args.depth_topic.clone(),
         truth_topic: args.truth_topic.clone(),
         folder_rate_hz: args.rate,
     };
@@ -292,6 +296,7 @@ impl Finished {
             "geometry",
             "inliers",
             "lead",
+            "translation_m",
         ])?;
         let keyframes = self.run.detector.map().keyframes();
         for r in &self.run.decisions {
@@ -325,6 +330,7 @@ impl Finished {
                 geometry_name(r.reranked.first()),
                 r.reranked.first().and_then(|r| r.verified()).map(|v| v.inliers.len().to_string()).unwrap_or_default(),
                 optional(e.and_then(|e| e.lead)),
+                optional(r.reranked.first().and_then(|r| metres(r.verified()?))),
             ])?;
         }
         Ok(out.into_inner()?)
@@ -449,6 +455,11 @@ impl Finished {
         };
         Ok((best.iter().map(pair).collect(), worst.iter().map(pair).collect()))
     }
+}
+
+/// Distance between the two cameras, where depth tells it.
+fn metres(v: &structvpr::geometry::Verification) -> Option<f64> {
+    v.pose.filter(|p| p.scale_known).map(|p| p.reference_from_query.translation.vector.norm())
 }
 
 /// What the geometry of the first candidate says: the model that agrees, or why none does.
