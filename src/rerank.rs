@@ -95,7 +95,10 @@ impl Reranker {
             LocalWeights::parse(&read_file(path)?).map_err(|e| e.at(path))
         };
         let weights = (!settings.weights.is_empty()).then(|| read(&settings.weights)).transpose()?;
-        let features = by_name(&settings.features, weights.as_ref(), settings.keypoints).map_err(|e| match settings.weights.as_str() {
+        let features = by_name(&settings.features, weights.as_ref(), settings.keypoints, settings.subpixel).map_err(|e| match settings
+            .weights
+            .as_str()
+        {
             "" => e,
             file => e.at(Path::new(file)),
         })?;

@@ -100,6 +100,8 @@ section! {
         superglue_weights: String = "", Kind::Text, restart;
         /// Keypoints per image, at most.
         keypoints: usize = 800usize, Kind::Count(16, 8192), restart;
+        /// With a network: place keypoints between pixels, at the top of the parabola through their neighbours.
+        subpixel: bool = false, Kind::Flag, restart;
         /// The model that matches must agree on. `auto`: PnP where depth is known, the essential matrix where
         /// `camera_info` is, else the fundamental matrix.
         method: String = "auto", Kind::Choice(&["auto", "fundamental", "essential", "homography", "pnp"]), restart;

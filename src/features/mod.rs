@@ -143,10 +143,11 @@ pub fn names() -> Vec<&'static str> {
     ClassicKind::ALL.map(ClassicKind::name).into_iter().chain(nets.map(Architecture::name)).chain(["superpoint"]).collect()
 }
 
-/// The extractor of a name. A network wants its weights: `superpoint` takes those of any SuperPoint.
+/// The extractor of a name. A network wants its weights: `superpoint` takes those of any SuperPoint. `subpixel` matters to
+/// networks only.
 ///
 /// Errors: an unknown name; a network without weights, or with another's.
-pub fn by_name(name: &str, weights: Option<&LocalWeights>, max_points: usize) -> Result<Box<dyn LocalFeatures>> {
+pub fn by_name(name: &str, weights: Option<&LocalWeights>, max_points: usize, subpixel: bool) -> Result<Box<dyn LocalFeatures>> {
     let bad = |reason: String| Err(Error::Features { reason });
     if let Some(kind) = ClassicKind::ALL.into_iter().find(|k| k.name() == name) {
         return match weights {
@@ -165,7 +166,9 @@ pub fn by_name(name: &str, weights: Option<&LocalWeights>, max_points: usize) ->
     if !fits {
         return bad(format!("`{name}` is named, but the weights are of {found}"));
     }
-    Ok(Box::new(Learned::new(weights, max_points)?))
+    let mut learned = Learned::new(weights, max_points)?;
+    learned.detection.subpixel = subpixel;
+    Ok(Box::new(learned))
 }
 
 #[cfg(test)]
@@ -181,7 +184,7 @@ mod tests {
         assert!(said(vec![[1.0, 1.0]], vec![0.0, 0.0]).contains("length 0"));
         assert!(said(vec![[1.0, 1.0]], vec![f32::NAN, 0.0]).contains("NaN"));
         assert!(said(vec![[1.0, 1.0]], vec![1.0]).contains("1 values of 2-d"));
-        let said = |name: &str| by_name(name, None, 10).err().unwrap().to_string();
+        let said = |name: &str| by_name(name, None, 10, false).err().unwrap().to_string();
         assert!(said("surf").contains("`surf`") && said("surf").contains("sift, orb, akaze, superpoint_vgg"), "{}", said("surf"));
         assert!(said("xfeat").contains("`structvpr models`"), "{}", said("xfeat"));
     }

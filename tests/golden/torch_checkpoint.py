@@ -21,3 +21,8 @@ torch.save(
     ),
     pathlib.Path(__file__).parent / "tensors.pth",
 )
+
+# The same in the format before PyTorch 1.6, for src/model/local_tests.rs.
+t = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+old = {"first.weight": t, "first.bias": torch.tensor([0.5, -1.5]), "view": t[:, 1], "half": torch.tensor([1.5, 2.5]).half(), "count": torch.tensor(7)}
+torch.save(old, pathlib.Path(__file__).parent / "legacy.pth", _use_new_zipfile_serialization=False)

@@ -2,23 +2,23 @@
 
 use crate::support::root;
 use proptest::prelude::*;
-use structvpr::model::Weights;
+use structvpr::model::{LocalWeights, Weights};
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(3000))]
     #[test]
-    fn mutated_weight_files_allocate_little(at in any::<u32>(), flips in proptest::collection::vec((any::<u16>(), 1u8..=255), 1..4), cut in any::<bool>(), shipped in any::<bool>()) {
-        static FILES: std::sync::OnceLock<[Vec<u8>; 2]> = std::sync::OnceLock::new();
+    fn mutated_weight_files_allocate_little(at in any::<u32>(), flips in proptest::collection::vec((any::<u16>(), 1u8..=255), 1..4), cut in any::<bool>(), which in 0usize..3) {
+        static FILES: std::sync::OnceLock<[Vec<u8>; 3]> = std::sync::OnceLock::new();
         let files = FILES.get_or_init(|| {
-            ["tests/golden/tensors.pth", "models/structvpr-synthetic-v1.safetensors"].map(|f| std::fs::read(root().join(f)).unwrap())
+            ["tests/golden/tensors.pth", "models/structvpr-synthetic-v1.safetensors", "tests/golden/legacy.pth"].map(|f| std::fs::read(root().join(f)).unwrap())
         });
         // Of the large file the header is what lies; 16 kB hold it and some tensors.
-        let file = &files[usize::from(shipped)];
+        let file = &files[which];
         let mut bytes = file[..file.len().min(16_000)].to_vec();
         if cut { bytes.truncate(at as usize % bytes.len()); }
         let n = bytes.len().max(1);
         for (i, f) in flips { if let Some(b) = bytes.get_mut(i as usize % n) { *b ^= f; } }
-        let _ = Weights::parse(&bytes);
+        let _ = (Weights::parse(&bytes), LocalWeights::parse(&bytes));
         prop_assert!(crate::alloc::largest() < 64 << 20, "{} bytes at once", crate::alloc::largest());
     }
 }
