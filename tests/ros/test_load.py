@@ -13,7 +13,8 @@ RATE, SECONDS = 30, 60
 
 def test_thirty_images_a_second_for_a_minute(start, robot):
     profile = {"FASTRTPS_DEFAULT_PROFILES_FILE": str(ROOT / "config/fastdds.xml")}
-    start(env=profile)
+    # Without the gate for what did not change: how many of these waves differ enough would be chance.
+    start({"keyframe.min_descriptor_change": 0.0}, env=profile)
     heard = robot.candidates()
     robot.diagnostics()
     command = [sys.executable, Path(__file__).with_name("camera.py"), start.namespace, RATE, SECONDS, 640, 480]
@@ -36,7 +37,7 @@ def test_thirty_images_a_second_for_a_minute(start, robot):
     print("  " + ", ".join(f"{k[:-7]} {v}" for k, v in stages.items() if k.endswith("_ms_p50")) + " (medians, ms)")
     assert values["received"] == str(RATE * SECONDS)
     assert int(values["queue_max"]) <= 4 and max(queue) <= 4
-    # How many of these waves differ enough for a keyframe is chance; that some do shows that images were worked on.
-    assert len(heard) > 5
+    # That many are keyframes shows that images were worked on.
+    assert len(heard) > 50
     # A keyframe takes its descriptor and a thumbnail, some 20 KiB; anything more is a leak.
     assert settled[-1] - settled[0] < 20.0, memory
