@@ -156,7 +156,7 @@ impl Reranker {
             let spent = at >= budget.candidates
                 || budget.time.is_some_and(|limit| at > 0 && begun.elapsed() >= limit)
                 || budget.sure.is_some_and(|enough| is_sure(&all, enough, &same_place));
-            let verification = match reference(hit.row).filter(|_| !spent) {
+            let verification = match (!spent).then(|| reference(hit.row)).flatten() {
                 Some((features, camera)) => Some(self.pair(query, &View { features: &features, camera: camera.as_ref() })?),
                 None => None,
             };
