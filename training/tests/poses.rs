@@ -71,9 +71,8 @@ impl Street {
     }
 }
 
-/// Places along the street, seen on two laps: 0.9 m to the side, up to two metres on, up to three degrees turned.
-fn pairs(street: &Street, condition: &str) -> Vec<((Features, CameraPose), (Features, CameraPose))> {
-    let n = 40;
+/// `n` places along the street, seen on two laps: 0.9 m to the side, up to two metres on, up to three degrees turned.
+fn pairs(street: &Street, condition: &str, n: usize) -> Vec<((Features, CameraPose), (Features, CameraPose))> {
     (0..n)
         .map(|i| {
             let s = street.world.route.length() * i as f64 / n as f64;
@@ -85,18 +84,19 @@ fn pairs(street: &Street, condition: &str) -> Vec<((Features, CameraPose), (Feat
         .collect()
 }
 
-/// Of 40 loops of one light: how many agree, have rotation and direction right, are metric, and metric within 0.3 m.
+/// Of the loops of one light: how many are there, agree, have rotation and direction right, are metric, and metric within 0.3 m.
 struct Score {
+    loops: usize,
     agree: usize,
     right: usize,
     deep: usize,
     metric: usize,
 }
 
-fn score(street: &Street, condition: &str) -> Score {
+fn score(street: &Street, condition: &str, loops: usize) -> Score {
     let camera = street.camera();
     let (mut found, mut right, mut deep, mut metric, mut short) = (0, 0, 0, 0, 0);
-    let all = pairs(street, condition);
+    let all = pairs(street, condition, loops);
     for ((query, at), (reference, from)) in &all {
         let truth = optical(from).inverse() * optical(at);
         let view = |f| View { features: f, camera: Some(&camera) };
@@ -128,43 +128,50 @@ fn score(street: &Street, condition: &str) -> Score {
         street.reranker.identity(),
         all.len()
     );
-    Score { agree: found, right, deep, metric }
+    Score { loops, agree: found, right, deep, metric }
 }
 
 #[test]
 fn rotation_direction_and_metres_are_those_of_the_street() {
     for (features, weights) in all_features() {
-        let street = Street::new(7, features, &weights);
-        let s = score(&street, "sun");
-        assert!(s.agree >= 38, "{features}: {}", s.agree);
-        // SIFT matches repeated windows along the right epipolar lines, which pulls one direction in eight.
-        let wanted = if features == "sift" { 8 } else { 9 };
-        assert!(s.right * 10 >= s.agree * wanted, "{features}: {} of {}", s.right, s.agree);
-        assert!(s.deep * 10 >= s.agree * 9 && s.metric * 10 >= s.deep * 9, "{features}: {} of {} of {}", s.metric, s.deep, s.agree);
+        let street = Street::new(13, features, &weights);
+        // Networks take half a second an image here.
+        let s = score(&street, "sun", if features == "sift" { 120 } else { 40 });
+        assert!(s.agree * 100 >= s.loops * 95, "{features}: {}", s.agree);
+        assert!(s.right * 10 >= s.loops * 9, "{features}: {} of {}", s.right, s.loops);
+        assert!(s.deep * 10 >= s.loops * 9 && s.metric * 10 >= s.loops * 9, "{features}: {} of {} of {}", s.metric, s.deep, s.loops);
     }
 }
 
+/// Every other place of the street looks much like the query's own, which is not among the candidates: nothing but the
+/// number of agreeing matches speaks against them.
 #[test]
 fn facades_that_repeat_are_no_closures() {
-    let street = Street::new(7, "sift", "");
-    let (n, spacing) = (40usize, street.world.route.length() / 40.0);
-    let map: Vec<Features> = (0..n).map(|i| street.visit(i as f64 * spacing, -1.6, 0.0, 1, "sun").0).collect();
-    let (mut wrong, mut believed) = (0, 0);
-    for i in 0..n {
-        let query = street.visit(i as f64 * spacing + 1.0, -0.7, 0.0, 2, "sun").0;
-        // All places of the street, as if the global descriptor could not tell them apart.
-        let hits: Vec<Hit> = (0..n).map(|row| Hit { row, similarity: 0.9 }).collect();
-        let give = |row: usize| Some((map[row].clone(), None));
-        let order = street.reranker.rerank(&View::of(&query), &hits, &Budget::all_of(n), give, |a, b| a.abs_diff(b) <= 1).unwrap();
-        for c in order {
+    for (features, weights) in all_features() {
+        let street = Street::new(13, features, &weights);
+        let (n, spacing) = (40usize, street.world.route.length() / 40.0);
+        let map: Vec<Features> = (0..n).map(|i| street.visit(i as f64 * spacing, -1.6, 0.0, 1, "sun").0).collect();
+        let (mut wrong, mut believed) = (0, [0; 2]);
+        for i in 0..n {
+            let query = street.visit(i as f64 * spacing + 1.0, -0.7, 0.0, 2, "sun").0;
             // On the ring the last place is beside the first.
-            let apart = c.hit.row.abs_diff(i).min(n - c.hit.row.abs_diff(i)) as f64 * spacing;
-            if apart > 35.0 {
-                wrong += 1;
-                believed += usize::from(c.lead >= SURE_LEAD);
+            let far = |row: usize| row.abs_diff(i).min(n - row.abs_diff(i)) as f64 * spacing > 35.0;
+            for (b, with_true) in believed.iter_mut().zip([true, false]) {
+                // All places, as if the global descriptor could not tell them apart.
+                let hits: Vec<Hit> = (0..n).filter(|r| with_true || far(*r)).map(|row| Hit { row, similarity: 0.9 }).collect();
+                let give = |row: usize| Some((map[row].clone(), None));
+                let budget = Budget::all_of(hits.len());
+                let order = street.reranker.rerank(&View::of(&query), &hits, &budget, give, |a, b| a.abs_diff(b) <= 1).unwrap();
+                *b += order.iter().filter(|c| far(c.hit.row) && c.lead >= SURE_LEAD).count();
             }
+            wrong += (0..n).filter(|r| far(*r)).count();
         }
+        println!(
+            "{}: {wrong} wrong pairs; believed beside the true place {}, without it {}",
+            street.reranker.identity(),
+            believed[0],
+            believed[1]
+        );
+        assert!(wrong > 1000 && believed.iter().all(|b| b * 100 <= wrong), "{features}: {believed:?} of {wrong}");
     }
-    println!("{}: {wrong} wrong pairs, {believed} believed", street.reranker.identity());
-    assert!(wrong > 1000 && believed * 100 <= wrong, "{believed} of {wrong}");
 }
