@@ -4,10 +4,10 @@
 use crate::config::VerificationConfig;
 use crate::error::{read_file, Result};
 use crate::features::{by_name, Features, LocalFeatures};
-use crate::geometry::{agreement, verify, Failure, Matcher, Method, Mutual, SuperGlueMatcher, Verification, VerifyConfig, View};
+use crate::geometry::{agreement, verify, Failure, Learned, Matcher, Method, Mutual, Verification, VerifyConfig, View};
 use crate::image::{Camera, RgbImage};
 use crate::map::Hit;
-use crate::model::{load_superglue, LocalWeights};
+use crate::model::{LearnedMatcher, LocalWeights};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -102,9 +102,9 @@ impl Reranker {
             "" => e,
             file => e.at(Path::new(file)),
         })?;
-        let matcher: Box<dyn Matcher> = match settings.superglue_weights.as_str() {
+        let matcher: Box<dyn Matcher> = match settings.matcher_weights.as_str() {
             "" => Box::new(Mutual::default()),
-            file => Box::new(SuperGlueMatcher(load_superglue(&read(file)?).map_err(|e| e.at(Path::new(file)))?)),
+            file => Box::new(Learned(LearnedMatcher::new(&read(file)?).map_err(|e| e.at(Path::new(file)))?)),
         };
         let method = Method::ALL.into_iter().find(|m| m.name() == settings.method).unwrap_or_default();
         let verify = VerifyConfig { method, threshold_px: settings.threshold_px, seed: settings.seed as u64, ..VerifyConfig::default() };

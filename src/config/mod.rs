@@ -96,8 +96,8 @@ section! {
         features: String = "sift", Kind::Choice(FEATURES), restart;
         /// Weight file of a network; `structvpr models` says where to get which, and under which licence.
         weights: String = "", Kind::Text, restart;
-        /// SuperGlue's weight file: it then matches instead of mutual nearest neighbours.
-        superglue_weights: String = "", Kind::Text, restart;
+        /// Weight file of SuperGlue or LightGlue: it then matches instead of mutual nearest neighbours.
+        matcher_weights: String = "", Kind::Text, restart;
         /// Keypoints per image, at most.
         keypoints: usize = 800usize, Kind::Count(16, 8192), restart;
         /// With a network: place keypoints between pixels, at the top of the parabola through their neighbours.

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::features::Features;
-use crate::model::{Side, SuperGlue};
+use crate::model::{LearnedMatcher, Side};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -55,13 +55,13 @@ fn side(f: &Features) -> Side<'_> {
     Side { size: f.size(), points: f.points(), scores: f.scores(), descriptors: f.descriptors() }
 }
 
-/// SuperGlue as a [`Matcher`]; the similarity of a match is its probability.
+/// A network as a [`Matcher`]; the similarity of a match is its probability.
 #[derive(Debug)]
-pub struct SuperGlueMatcher(pub SuperGlue);
+pub struct Learned(pub LearnedMatcher);
 
-impl Matcher for SuperGlueMatcher {
+impl Matcher for Learned {
     fn name(&self) -> &str {
-        "superglue"
+        self.0.name()
     }
 
     fn matches(&self, query: &Features, reference: &Features) -> Result<Vec<Match>> {

@@ -7,6 +7,6 @@ mod pose;
 mod two_view;
 
 pub use camera::{is_uncalibrated, rays};
-pub use matching::{mutual_matches, Match, Matcher, Mutual, SuperGlueMatcher};
+pub use matching::{mutual_matches, Learned, Match, Matcher, Mutual};
 pub use pose::{inverse_covariance, transformed_covariance, RelativePose};
 pub use two_view::{agreement, evidence, verify, Degeneracy, Failure, Method, Verification, VerifyConfig, View, NO_SPREAD};

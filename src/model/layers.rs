@@ -2,7 +2,7 @@
 
 use super::kernels::{bias_act, Activation, Conv3x3};
 use crate::error::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{Tensor, D};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -69,4 +69,34 @@ pub(super) fn max_pool2(x: &Tensor) -> Result<Tensor> {
         });
     }
     Ok(Tensor::from_vec(out, (n, c, h, w), x.device())?)
+}
+
+/// `x W^T + b` of rows.
+#[derive(Debug)]
+pub(super) struct Rows {
+    /// I x O.
+    pub weight: Tensor,
+    pub bias: Tensor,
+}
+
+impl Rows {
+    /// Of a weight O x I and a bias O.
+    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        Ok(Self { weight: weight.t()?.contiguous()?, bias: bias.clone() })
+    }
+
+    /// N x I to N x O.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.matmul(&self.weight)?.broadcast_add(&self.bias)?)
+    }
+}
+
+/// Attention of the rows of `q` over those of `k` and `v` in `heads` contiguous parts, scaled by the root of their width.
+pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize) -> Result<Tensor> {
+    let width = q.dim(1)? / heads;
+    let split = |t: &Tensor| -> Result<Tensor> { Ok(t.reshape((t.dim(0)?, heads, width))?.transpose(0, 1)?.contiguous()?) };
+    let scores = (split(q)?.matmul(&split(k)?.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
+    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+    Ok(weights.matmul(&split(v)?)?.transpose(0, 1)?.reshape(q.dims())?.contiguous()?)
 }

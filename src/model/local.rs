@@ -2,10 +2,11 @@
 //! that they are converted to.
 
 use super::container::{write_safetensors, RawFile};
-use super::superglue::SuperGlue;
+use super::lightglue::LightGlue;
+use super::superglue::{Side, SuperGlue};
 use super::superpoint::{squeeze_specs, vgg_specs, Dense, Spec, SuperPoint};
 use super::xfeat::{self, XFeat};
-use super::{superglue, superpoint};
+use super::{lightglue, superglue, superpoint};
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -33,11 +34,23 @@ pub enum Architecture {
     Xfeat,
     /// SuperGlue: matches features of SuperPoint.
     Superglue,
+    /// LightGlue: matches features of SuperPoint.
+    Lightglue,
+    /// LighterGlue: matches features of XFeat.
+    Lighterglue,
 }
 
 impl Architecture {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::SuperpointVgg, Self::MagicpointVgg, Self::SuperpointSqueeze, Self::Xfeat, Self::Superglue];
+    pub const ALL: [Self; 7] = [
+        Self::SuperpointVgg,
+        Self::MagicpointVgg,
+        Self::SuperpointSqueeze,
+        Self::Xfeat,
+        Self::Superglue,
+        Self::Lightglue,
+        Self::Lighterglue,
+    ];
 
     /// Name as in settings, files and reports.
     pub fn name(self) -> &'static str {
@@ -47,6 +60,8 @@ impl Architecture {
             Self::SuperpointSqueeze => "superpoint_squeeze",
             Self::Xfeat => "xfeat",
             Self::Superglue => "superglue",
+            Self::Lightglue => "lightglue",
+            Self::Lighterglue => "lighterglue",
         }
     }
 
@@ -62,6 +77,8 @@ impl Architecture {
             Self::SuperpointSqueeze => convs(squeeze_specs()),
             Self::Xfeat => convs(xfeat::specs().into_iter().map(|(s, _)| s).collect()),
             Self::Superglue => superglue::tensors(),
+            Self::Lightglue => lightglue::tensors(lightglue::LIGHTGLUE),
+            Self::Lighterglue => lightglue::tensors(lightglue::LIGHTERGLUE),
         }
     }
 }
@@ -109,12 +126,16 @@ impl LocalWeights {
             let (layout, tensors) = ("SuperGlue", superglue::fold(&mut file)?);
             file.refuse_rest(layout, |n| n.ends_with(".num_batches_tracked"))?;
             Ok(Self { architecture: Architecture::Superglue, layout, tensors })
+        } else if lightglue::is(&file) {
+            let (sizes, tensors) = lightglue::read(&mut file)?;
+            let architecture = if sizes == lightglue::LIGHTGLUE { Architecture::Lightglue } else { Architecture::Lighterglue };
+            Ok(Self { architecture, layout: "LightGlue", tensors })
         } else if file.nodes.iter().filter(|(op, _)| op == "Conv").count() == squeeze_specs().len() {
             squeeze(file)
         } else {
             Err(Error::weights(format!(
                 "no known network for local features: expected SuperPoint's `conv1a.weight`, MagicPoint's `encoder.block1.0.0.weight`, \
-                 XFeat's `block1.0.layer.0.weight`, SuperGlue's `bin_score` or an ONNX graph of the squeeze network; the file has {}",
+                 XFeat's `block1.0.layer.0.weight`, SuperGlue's `bin_score`, LightGlue's `posenc.Wr.weight` or an ONNX graph of the squeeze network; the file has {}",
                 file.some_names()
             )))
         }
@@ -263,7 +284,9 @@ impl LocalNet {
             Architecture::MagicpointVgg => {
                 return Err(Error::weights("these are MagicPoint's weights: they detect points but do not describe them"))
             }
-            Architecture::Superglue => return Err(Error::weights("these are SuperGlue's weights: they match features but find none")),
+            matcher @ (Architecture::Superglue | Architecture::Lightglue | Architecture::Lighterglue) => {
+                return Err(Error::weights(format!("these are weights of {}: they match features but find none", matcher.name())))
+            }
         };
         Ok(Self { architecture: weights.architecture, sha256: weights.sha256()?, net })
     }
@@ -303,12 +326,46 @@ impl LocalNet {
     }
 }
 
-/// SuperGlue from parsed weights.
-///
-/// Errors: weights of another network.
-pub fn load_superglue(weights: &LocalWeights) -> Result<SuperGlue> {
-    match weights.architecture {
-        Architecture::Superglue => SuperGlue::new(&weights.tensors),
-        other => Err(Error::weights(format!("these are weights of {}, not of SuperGlue", other.name()))),
+/// A network that matches features.
+#[derive(Debug)]
+pub enum LearnedMatcher {
+    /// With optimal transport.
+    SuperGlue(SuperGlue),
+    /// With a double softmax.
+    LightGlue(LightGlue),
+}
+
+impl LearnedMatcher {
+    /// From parsed weights.
+    ///
+    /// Errors: weights of a network that matches nothing.
+    pub fn new(weights: &LocalWeights) -> Result<Self> {
+        Ok(match weights.architecture {
+            Architecture::Superglue => Self::SuperGlue(SuperGlue::new(&weights.tensors)?),
+            Architecture::Lightglue => Self::LightGlue(LightGlue::new(lightglue::LIGHTGLUE, &weights.tensors)?),
+            Architecture::Lighterglue => Self::LightGlue(LightGlue::new(lightglue::LIGHTERGLUE, &weights.tensors)?),
+            other => {
+                let reason = format!("these are weights of {}; SuperGlue and LightGlue match features", other.name());
+                return Err(Error::weights(reason));
+            }
+        })
+    }
+
+    /// Name as in reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::SuperGlue(_) => "superglue",
+            Self::LightGlue(_) => "lightglue",
+        }
+    }
+
+    /// Query point, reference point and probability of every match, in order of the query.
+    ///
+    /// Errors: descriptors of another size than the network's.
+    pub fn matches(&self, query: &Side, reference: &Side) -> Result<Vec<(usize, usize, f32)>> {
+        match self {
+            Self::SuperGlue(net) => net.matches(query, reference),
+            Self::LightGlue(net) => net.matches(query, reference),
+        }
     }
 }

@@ -158,7 +158,7 @@ fn superglue_agrees_with_pytorch() {
     let weights = LocalWeights::parse(&file(&superglue_file())).unwrap();
     assert_eq!(weights.architecture, Architecture::Superglue);
     assert_eq!(weights.tensors.len(), superglue_tensors().len());
-    let net = load_superglue(&weights).unwrap();
+    let net = SuperGlue::new(&weights.tensors).unwrap();
     let side = |seed: u64, n: usize| {
         let at = noise(seed, 2 * n, 1.0);
         let points: Vec<[f32; 2]> = at.chunks_exact(2).map(|p| [p[0] * 310.0 + 320.0, p[1] * 230.0 + 240.0]).collect();
@@ -180,7 +180,109 @@ fn superglue_agrees_with_pytorch() {
     let wrong = Side { descriptors: &va.3[..23 * 128], ..sides[0] };
     assert!(net.log_assignment(&wrong, &sides[1]).unwrap_err().to_string().contains("these have 128"));
     let e = LocalNet::new(&weights).unwrap_err().to_string();
-    assert!(e.contains("SuperGlue"), "{e}");
+    assert!(e.contains("superglue") && e.contains("find none"), "{e}");
+}
+
+/// The checkpoint of the script's `lightglue` by its module names, values by their rank in the sorted names.
+fn lightglue_file(seed: u64, input: usize, d: usize, layers: usize, heads: usize) -> Named {
+    let mut names: Vec<(String, Vec<usize>)> = vec![("posenc.Wr.weight".into(), vec![d / heads / 2, 2])];
+    let mut linear = |name: String, o: usize, i: usize| {
+        names.push((format!("{name}.weight"), if i == 0 { vec![o] } else { vec![o, i] }));
+        names.push((format!("{name}.bias"), vec![o]));
+    };
+    if input != d {
+        linear("input_proj".into(), d, input);
+    }
+    for at in 0..layers {
+        let (own, cross) = (format!("transformers.{at}.self_attn"), format!("transformers.{at}.cross_attn"));
+        linear(format!("{own}.Wqkv"), 3 * d, d);
+        linear(format!("{own}.out_proj"), d, d);
+        for part in ["to_qk", "to_v", "to_out"] {
+            linear(format!("{cross}.{part}"), d, d);
+        }
+        for block in [own, cross] {
+            linear(format!("{block}.ffn.0"), 2 * d, 2 * d);
+            linear(format!("{block}.ffn.1"), 2 * d, 0);
+            linear(format!("{block}.ffn.3"), d, 2 * d);
+        }
+        linear(format!("log_assignment.{at}.matchability"), 1, d);
+        linear(format!("log_assignment.{at}.final_proj"), d, d);
+    }
+    names.sort();
+    let value = |(at, (name, shape)): (usize, (String, Vec<usize>))| {
+        let (norm, bias) = (name.contains(".ffn.1."), name.ends_with("bias"));
+        let scale = if norm {
+            0.2
+        } else if bias {
+            0.1
+        } else {
+            (1.0 / shape[1] as f64).sqrt()
+        };
+        let base = if norm && !bias { 1.0 } else { 0.0 };
+        let values = noise(seed + at as u64, shape.iter().product(), scale).into_iter().map(|v| v + base).collect();
+        (name, shape, values)
+    };
+    names.into_iter().enumerate().map(value).collect()
+}
+
+#[test]
+fn lightglue_and_lighterglue_agree_with_kornia() {
+    let cases: [(_, &[u8], _, usize); 2] = [
+        (lightglue_file(20000, 256, 256, 9, 4), include_bytes!("../../tests/golden/lightglue.npy"), Architecture::Lightglue, 256),
+        (lightglue_file(30000, 64, 96, 6, 1), include_bytes!("../../tests/golden/lighterglue.npy"), Architecture::Lighterglue, 64),
+    ];
+    for (nested, theirs, architecture, dim) in cases {
+        // As the authors released it: blocks by kind, then number; XFeat's under `matcher.`, both with what we do not use.
+        let mut older: Named = nested.clone();
+        for (name, ..) in &mut older {
+            let parts: Vec<&str> = name.split('.').collect();
+            if let ["transformers", at, block, rest @ ..] = &parts[..] {
+                *name = format!("matcher.{block}.{at}.{}", rest.join("."));
+            } else {
+                *name = format!("matcher.{name}");
+            }
+        }
+        older.push(("matcher.token_confidence.0.token.0.bias".into(), vec![1], vec![0.0]));
+        older.push(("matcher.confidence_thresholds".into(), vec![1], vec![0.0]));
+        let weights = LocalWeights::parse(&file(&nested)).unwrap();
+        assert_eq!(weights.architecture, architecture);
+        assert_eq!(weights.sha256().unwrap(), LocalWeights::parse(&file(&older)).unwrap().sha256().unwrap());
+        assert_eq!(weights.tensors.len(), architecture.tensors().len());
+        let ours = LocalWeights::parse(&weights.to_bytes(DType::F32).unwrap()).unwrap();
+        assert_eq!(ours.sha256().unwrap(), weights.sha256().unwrap());
+        let LearnedMatcher::LightGlue(mut net) = LearnedMatcher::new(&weights).unwrap() else { panic!("not LightGlue") };
+        let side = |seed: u64, n: usize| {
+            let at = noise(seed, 2 * n, 1.0);
+            let points: Vec<[f32; 2]> = at.chunks_exact(2).map(|p| [p[0] * 310.0 + 320.0, p[1] * 230.0 + 240.0]).collect();
+            crate::features::Features::new(640, 480, points, vec![1.0; n], dim, noise(seed + 2, n * dim, 1.0)).unwrap()
+        };
+        let (a, b) = (side(4000, 23), side(4100, 31));
+        fn view(f: &crate::features::Features) -> Side<'_> {
+            Side { size: f.size(), points: f.points(), scores: f.scores(), descriptors: f.descriptors() }
+        }
+        let ours = net.log_assignment(&view(&a), &view(&b)).unwrap();
+        let theirs = golden(theirs);
+        assert!(worst(&ours, &theirs) < 2e-3, "{architecture:?}: {}", worst(&ours, &theirs));
+        // Random weights are sure of nothing.
+        net.threshold = 0.0;
+        let matches = net.matches(&view(&a), &view(&b)).unwrap();
+        assert!(!matches.is_empty() && matches.windows(2).all(|w| w[0].0 < w[1].0));
+        for (q, r, p) in matches {
+            let of_row = (0..31).map(|c| theirs[q * 31 + c]).fold(f64::MIN, f64::max);
+            assert!((f64::from(p).ln() - of_row).abs() < 2e-3 && (theirs[q * 31 + r] - of_row).abs() < 4e-3);
+        }
+        let nothing = Side { points: &[], scores: &[], descriptors: &[], ..view(&a) };
+        assert!(net.matches(&nothing, &view(&b)).unwrap().is_empty());
+        let wrong = Side { descriptors: &b.descriptors()[..31 * 32], ..view(&b) };
+        assert!(net.log_assignment(&view(&a), &wrong).unwrap_err().to_string().contains("these have 32"));
+        assert!(LocalNet::new(&weights).unwrap_err().to_string().contains("match features but find none"));
+    }
+    let mut broken = lightglue_file(30000, 64, 96, 6, 1);
+    broken.retain(|(n, ..)| n != "transformers.2.cross_attn.to_v.weight");
+    let e = LocalWeights::parse(&file(&broken)).unwrap_err().to_string();
+    assert!(e.contains("cross_attn.2.to_v.weight"), "{e}");
+    let detector = LocalWeights::parse(&file(&superpoint_file())).unwrap();
+    assert!(LearnedMatcher::new(&detector).unwrap_err().to_string().contains("SuperGlue and LightGlue match features"));
 }
 
 fn shared(name: &str) -> Option<PathBuf> {

@@ -4,6 +4,7 @@
 mod container;
 pub mod kernels;
 mod layers;
+mod lightglue;
 mod local;
 mod mobilenet_v2;
 mod onnx;
@@ -13,7 +14,8 @@ mod superpoint;
 mod weights;
 mod xfeat;
 
-pub use local::{load_superglue, Architecture, LocalNet, LocalWeights};
+pub use lightglue::LightGlue;
+pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
 pub use superglue::{Side, SuperGlue};

@@ -3,9 +3,10 @@
 //! Magic Leap's own weights are for non-commercial use; we ship none.
 
 use super::container::RawFile;
+use super::layers::{attention, Rows};
 use super::local::fold_norm;
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Tensor, D};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
@@ -69,20 +70,6 @@ pub(super) fn fold(file: &mut RawFile) -> Result<BTreeMap<String, Tensor>> {
     Ok(out)
 }
 
-/// `x W^T + b` of rows.
-#[derive(Debug)]
-struct Rows {
-    /// I x O.
-    weight: Tensor,
-    bias: Tensor,
-}
-
-impl Rows {
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul(&self.weight)?.broadcast_add(&self.bias)?)
-    }
-}
-
 #[derive(Debug)]
 struct Propagation {
     query: Rows,
@@ -126,9 +113,7 @@ impl SuperGlue {
         // The original keeps channel c in head c % HEADS; heads are contiguous here.
         let order: Vec<u32> = (0..DIM as u32).map(|at| at % (DIM / HEADS) as u32 * HEADS as u32 + at / (DIM / HEADS) as u32).collect();
         let order = Tensor::from_vec(order, DIM, &Device::Cpu)?;
-        let plain = |name: &str| -> Result<Rows> {
-            Ok(Rows { weight: get(format!("{name}.weight"))?.t()?.contiguous()?, bias: get(format!("{name}.bias"))? })
-        };
+        let plain = |name: &str| -> Result<Rows> { Rows::new(&get(format!("{name}.weight"))?, &get(format!("{name}.bias"))?) };
         let by_head = |name: &str| -> Result<Rows> {
             let rows = plain(name)?;
             Ok(Rows { weight: rows.weight.index_select(&order, 1)?, bias: rows.bias.index_select(&order, 0)? })
@@ -203,26 +188,25 @@ impl SuperGlue {
         if n == 0 || m == 0 {
             return Ok(Vec::new());
         }
-        let log = self.log_assignment(query, reference)?;
-        let at = |q: usize, r: usize| log[q * (m + 1) + r];
-        let best = |n: usize, value: &dyn Fn(usize) -> f32| (1..n).fold(0, |b, i| if value(i) > value(b) { i } else { b });
-        let of_query: Vec<usize> = (0..n).map(|q| best(m, &|r| at(q, r))).collect();
-        let of_reference: Vec<usize> = (0..m).map(|r| best(n, &|q| at(q, r))).collect();
-        let mutual = of_query.iter().enumerate().filter(|(q, r)| of_reference[**r] == *q);
-        Ok(mutual.map(|(q, r)| (q, *r, at(q, *r).exp())).filter(|(_, _, p)| *p > self.threshold).collect())
+        Ok(mutual_best(&self.log_assignment(query, reference)?, m + 1, n, m, self.threshold))
     }
+}
+
+/// Row, column and probability of every mutual best of the n x m log probabilities in rows of `width`.
+pub(super) fn mutual_best(log: &[f32], width: usize, n: usize, m: usize, threshold: f32) -> Vec<(usize, usize, f32)> {
+    let at = |q: usize, r: usize| log[q * width + r];
+    let best = |n: usize, value: &dyn Fn(usize) -> f32| (1..n).fold(0, |b, i| if value(i) > value(b) { i } else { b });
+    let of_query: Vec<usize> = (0..n).map(|q| best(m, &|r| at(q, r))).collect();
+    let of_reference: Vec<usize> = (0..m).map(|r| best(n, &|q| at(q, r))).collect();
+    let mutual = of_query.iter().enumerate().filter(|(q, r)| of_reference[**r] == *q);
+    mutual.map(|(q, r)| (q, *r, at(q, *r).exp())).filter(|(_, _, p)| *p > threshold).collect()
 }
 
 impl Propagation {
     /// What attention over `source` adds to `x`, rows of 256.
     fn forward(&self, x: &Tensor, source: &Tensor) -> Result<Tensor> {
-        let heads = |t: Tensor| -> Result<Tensor> { Ok(t.reshape((t.dim(0)?, HEADS, DIM / HEADS))?.transpose(0, 1)?.contiguous()?) };
-        let (q, k, v) = (heads(self.query.forward(x)?)?, heads(self.key.forward(source)?)?, heads(self.value.forward(source)?)?);
-        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / ((DIM / HEADS) as f64).sqrt())?;
-        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-        let message = weights.matmul(&v)?.transpose(0, 1)?.reshape(x.dims())?;
-        let joined = Tensor::cat(&[x, &self.merge.forward(&message.contiguous()?)?], 1)?;
+        let message = attention(&self.query.forward(x)?, &self.key.forward(source)?, &self.value.forward(source)?, HEADS)?;
+        let joined = Tensor::cat(&[x, &self.merge.forward(&message)?], 1)?;
         self.out.forward(&self.hidden.forward(&joined)?.relu()?)
     }
 }

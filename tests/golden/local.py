@@ -1,6 +1,6 @@
 """Golden values of the networks for local features and matching, from PyTorch and ONNX Runtime.
 
-    python3 -m venv v && v/bin/pip install torch numpy opencv-python-headless onnxruntime && v/bin/python tests/golden/local.py WEIGHTS IMAGE
+    python3 -m venv v && v/bin/pip install torch numpy opencv-python-headless onnxruntime kornia && v/bin/python tests/golden/local.py WEIGHTS IMAGE
 
 Random weights come from a hash on both sides (`noise` here, `test_noise` in src/test_noise.rs). WEIGHTS is a folder with
 magicpoint_vgg.pth, sp_squeeze_b1.onnx and xfeat_vga.onnx, IMAGE a photograph: neither is in the repository, and the tests
@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import cv2
+import kornia
 import numpy as np
 import onnxruntime as ort
 import torch
@@ -168,6 +169,36 @@ for _ in range(100):
     v = nu - torch.logsumexp(z + u[:, None], 0)
 np.save(here / "superglue.npy", (z + u[:, None] + v[None] - norm).numpy())
 print("superglue.npy", scores.abs().max())
+
+# LightGlue (Lindenberger et al.) and LighterGlue, in kornia's implementation, by the names of the released files.
+def lightglue(file, seed, **conf):
+    net = kornia.feature.LightGlue(features=None, weights=None, flash=False, mp=False, depth_confidence=-1, width_confidence=-1, **conf).eval()
+    state = net.state_dict()
+    with torch.no_grad():
+        for at, name in enumerate(sorted(n for n in state if not n.startswith(("token_confidence", "confidence_thresholds")))):
+            shape = tuple(state[name].shape)
+            norm, bias = ".ffn.1." in name, name.endswith("bias")
+            scale = 0.2 if norm else 0.1 if bias else 1.0 if len(shape) < 2 else (1.0 / shape[1]) ** 0.5
+            state[name].copy_(rand(seed + at, shape, scale) + (1 if norm and not bias else 0))
+    size = torch.tensor([[640.0, 480.0]])
+    kp, d = [], []
+    for s, n in ((4000, N), (4100, M)):
+        p, _, _ = side(s, n)
+        kp.append(p[None])
+        d.append(F.normalize(torch.tensor(noise(s + 2, n * conf["input_dim"]).reshape(n, -1)), dim=1)[None])
+    kp = [kornia.feature.lightglue.normalize_keypoints(k, size) for k in kp]
+    e0, e1 = net.posenc(kp[0]), net.posenc(kp[1])
+    with torch.no_grad():
+        x0, x1 = net.input_proj(d[0]), net.input_proj(d[1])
+        for layer in net.transformers:
+            x0, x1 = layer(x0, x1, e0, e1)
+        scores, _ = net.log_assignment[conf["n_layers"] - 1](x0, x1)
+    np.save(here / file, scores[0, :-1, :-1].numpy())
+    print(file, scores.exp().max())
+
+
+lightglue("lightglue.npy", 20000, input_dim=256, descriptor_dim=256, n_layers=9, num_heads=4)
+lightglue("lighterglue.npy", 30000, input_dim=64, descriptor_dim=96, n_layers=6, num_heads=1)
 
 # Real weights on a photograph, wrapped to 640 x 480.
 grey = cv2.cvtColor(cv2.imread(image), cv2.COLOR_BGR2GRAY)

@@ -37,9 +37,9 @@ pub struct RerankArgs {
     /// Keypoints per image, at most.
     #[arg(long, default_value_t = 800, requires = "rerank")]
     pub keypoints: usize,
-    /// SuperGlue's weights, which then matches instead of mutual nearest neighbours.
-    #[arg(long, requires = "rerank")]
-    pub superglue_weights: Option<PathBuf>,
+    /// Weights of SuperGlue or LightGlue, which then matches instead of mutual nearest neighbours.
+    #[arg(long, alias = "superglue-weights", requires = "rerank")]
+    pub matcher_weights: Option<PathBuf>,
     /// Of the robust estimation: the same seed gives the same bytes.
     #[arg(long, default_value_t = 1, requires = "rerank")]
     pub seed: u64,
@@ -53,7 +53,7 @@ impl RerankArgs {
             enabled: true,
             features: self.rerank.clone()?,
             weights: text(&self.rerank_weights),
-            superglue_weights: text(&self.superglue_weights),
+            matcher_weights: text(&self.matcher_weights),
             keypoints: self.keypoints,
             seed: self.seed as usize,
             ..VerificationConfig::default()

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use structvpr::error::{read_file, write_file};
-use structvpr::model::{load_superglue, Architecture, LocalNet, LocalWeights};
+use structvpr::model::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -49,7 +49,7 @@ struct Known {
     sha256: Option<&'static str>,
 }
 
-const KNOWN: [Known; 6] = [
+const KNOWN: [Known; 8] = [
     Known {
         file: "sp_squeeze_b1.onnx",
         architecture: Architecture::SuperpointSqueeze,
@@ -88,6 +88,22 @@ const KNOWN: [Known; 6] = [
         licence: "Magic Leap, non-commercial research only",
         from: "https://github.com/magicleap/SuperGluePretrainedNetwork (models/weights/)",
         note: "matches SuperPoint's features; read its licence first",
+        sha256: None,
+    },
+    Known {
+        file: "superpoint_lightglue.pth",
+        architecture: Architecture::Lightglue,
+        licence: "Apache-2.0",
+        from: "https://github.com/cvg/LightGlue (releases)",
+        note: "matches SuperPoint's features, whose own weights are another matter",
+        sha256: None,
+    },
+    Known {
+        file: "xfeat-lighterglue.pt",
+        architecture: Architecture::Lighterglue,
+        licence: "Apache-2.0",
+        from: "https://github.com/verlab/accelerated_features (weights/)",
+        note: "matches XFeat's features",
         sha256: None,
     },
     Known {
@@ -137,7 +153,7 @@ fn read(path: &Path) -> Result<(LocalWeights, String)> {
 /// What is loaded must build.
 fn build(weights: &LocalWeights) -> structvpr::error::Result<()> {
     match weights.architecture {
-        Architecture::Superglue => load_superglue(weights).map(drop),
+        Architecture::Superglue | Architecture::Lightglue | Architecture::Lighterglue => LearnedMatcher::new(weights).map(drop),
         // A detector alone builds, but describes nothing: that is said in the list.
         Architecture::MagicpointVgg => Ok(()),
         _ => LocalNet::new(weights).map(drop),
