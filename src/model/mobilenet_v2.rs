@@ -4,7 +4,7 @@
 //! Batch norm is folded before the network is built, so each convolution is weight, bias and
 //! activation. 1x1 convolutions are matrix products, depthwise ones our own op.
 
-use super::kernels::{bias_act, depthwise3x3, Activation, Pad};
+use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock};
 use super::pooling::{l2_normalize, Pooling};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -165,7 +165,40 @@ pub struct MobileNetV2 {
     padding: Padding,
 }
 
+fn values(t: &Tensor) -> Result<Vec<f32>> {
+    t.flatten_all()?.to_vec1::<f32>()
+}
+
 impl MobileNetV2 {
+    /// The same network for inference alone: no gradients, batch of one, several times as fast.
+    pub fn plan(&self) -> Result<Plan> {
+        let pads = match self.padding {
+            Padding::Symmetric => |h, w, s| Padding::Symmetric.of(h, w, s),
+            Padding::Same => |h, w, s| Padding::Same.of(h, w, s),
+        };
+        type Weights = (Vec<f32>, Vec<f32>);
+        let both = |conv: &Conv| -> Result<Weights> { Ok((values(&conv.weight)?, values(&conv.bias)?)) };
+        let of = |b: &Block| -> Result<(Option<Weights>, Weights, Weights)> {
+            Ok((b.expand.as_ref().map(both).transpose()?, both(&b.depthwise)?, both(&b.project)?))
+        };
+        let all = self.blocks.iter().map(of).collect::<Result<Vec<_>>>()?;
+        fn slices(w: &Weights) -> (&[f32], &[f32]) {
+            (&w.0, &w.1)
+        }
+        let mut blocks = Vec::with_capacity(all.len());
+        for (at, (block, (expand, depthwise, project))) in self.blocks.iter().zip(&all).enumerate() {
+            blocks.push(PlanBlock {
+                expand: expand.as_ref().map(slices),
+                depthwise: slices(depthwise),
+                project: slices(project),
+                stride: block.stride,
+                residual: block.residual,
+                tap: TAPS.contains(&(at + 1)),
+            });
+        }
+        Ok(Plan::new(slices(&both(&self.stem)?), &blocks, pads))
+    }
+
     /// Builds from folded tensors that `get` returns by our names (`blocks.3.expand.weight`).
     ///
     /// Errors: whatever `get` says.

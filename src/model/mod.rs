@@ -27,6 +27,7 @@ use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use candle_core::{DType, Device, Tensor};
+use kernels::Plan;
 use sha2::{Digest, Sha256};
 
 /// The model in the repository: what the commands use when none is given.
@@ -37,7 +38,7 @@ const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safet
 pub struct Model {
     weights: Weights,
     identity: ModelIdentity,
-    net: MobileNetV2,
+    plan: Plan,
 }
 
 impl Model {
@@ -57,7 +58,7 @@ impl Model {
         }
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
-        Ok(Self { weights, identity, net })
+        Ok(Self { weights, identity, plan: net.plan()? })
     }
 
     /// Parses a weight file of any layout that [`Weights::parse`] knows.
@@ -107,8 +108,20 @@ impl Model {
 
     /// The global descriptor of one preprocessed image (1 x 3 x H x W).
     pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
-        let d = self.net.describe(x, self.spec().pooling, self.spec().tap_norm)?;
-        Descriptor::new(d.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?)
+        let (_, _, height, width) = x.dims4()?;
+        let image = x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        let norm = |v: &[f32]| (v.iter().map(|x| x * x).sum::<f32>() + 1e-12).sqrt();
+        let mut pooled = self.plan.pooled(&image, height, width, self.spec().pooling);
+        if self.spec().tap_norm {
+            for tap in &mut pooled {
+                let n = norm(tap);
+                tap.iter_mut().for_each(|v| *v /= n);
+            }
+        }
+        let mut all = pooled.concat();
+        let n = norm(&all);
+        all.iter_mut().for_each(|v| *v /= n);
+        Descriptor::new(all)
     }
 }
 

@@ -121,17 +121,28 @@ fn row(what: String, mut ours: Vec<f64>, peer: Option<(&str, Vec<f64>)>, check: 
     Row { what, median_ms, p95_ms, peer, peer_median_ms, ratio, check }
 }
 
-/// Runs `ours` and the peer in turn; the first two rounds warm up and do not count.
+/// Rounds of each side's turn, the first of which does not count: it finds the other's data in the caches.
+const TURN: usize = 5;
+/// Between two turns: a peer's threads that spin for more work have given up by then.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
+/// Runs `ours` and the peer in turns of a few rounds.
 fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
-    for i in 0..args.rounds + 2 {
-        let began = Instant::now();
-        ours()?;
-        let took = began.elapsed().as_secs_f64();
-        let peer_took = peer.as_mut().map(Peer::round).transpose()?;
-        if i >= 2 {
-            mine.push(took);
-            theirs.extend(peer_took);
+    while mine.len() < args.rounds {
+        for i in 0..TURN {
+            let began = Instant::now();
+            ours()?;
+            let took = began.elapsed().as_secs_f64();
+            mine.extend((i > 0).then_some(took));
+        }
+        if let Some(peer) = &mut peer {
+            std::thread::sleep(PAUSE);
+            for i in 0..TURN {
+                let took = peer.round()?;
+                theirs.extend((i > 0).then_some(took));
+            }
+            std::thread::sleep(PAUSE);
         }
     }
     Ok((mine, peer.map(|_| theirs)))

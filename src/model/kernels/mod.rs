@@ -5,10 +5,15 @@
 
 mod bias_act;
 mod depthwise;
+mod plan;
+mod pointwise;
+mod rows;
+mod vector;
 mod winograd;
 
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
+pub use plan::{Plan, PlanBlock};
 pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};

@@ -1,0 +1,920 @@
+//! MobileNetV2's inference plan: batch norm folded, weights packed once, buffers kept from image to image, channels side
+//! by side, each inverted residual in one pass or two.
+//!
+//! On large maps a block runs by rows: a row is expanded into a ring that stays in the second-level cache, three rows of
+//! which make a row of the depthwise convolution, which is projected at once. On small maps, where the rows that two
+//! threads would both expand weigh, the block is expanded as a whole first.
+//!
+//! Work is a list of strips in the order of the network. A thread takes the next strip, waits until the rows it reads are
+//! done, and computes it; so one wake-up serves a whole image, and no number of threads can wait for each other, for a
+//! strip waits only for earlier ones, which are done or in some thread's hands.
+
+use super::pointwise::{padded, panel, Packed, Pixels};
+use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
+use super::vector::Vector;
+use super::{Activation, Isa, Pad};
+use crate::model::{Pooling, GEM_EPS};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// One inverted residual as the plan takes it, batch norm folded.
+pub struct PlanBlock<'a> {
+    /// Weight (O x I) and bias; none in the first block.
+    pub expand: Option<(&'a [f32], &'a [f32])>,
+    /// Weight (C x 9) and bias.
+    pub depthwise: (&'a [f32], &'a [f32]),
+    /// Weight (O x I) and bias.
+    pub project: (&'a [f32], &'a [f32]),
+    /// 1 or 2.
+    pub stride: usize,
+    /// Whether the input is added to the output.
+    pub residual: bool,
+    /// Whether the output is tapped.
+    pub tap: bool,
+}
+
+#[derive(Debug)]
+struct Block {
+    expand: Option<Packed>,
+    depthwise: Depthwise,
+    project: Packed,
+    /// Channels of the output without padding.
+    outputs: usize,
+    stride: usize,
+    residual: bool,
+    tap: bool,
+}
+
+/// The network, packed for one instruction set.
+#[derive(Debug)]
+pub struct Plan {
+    isa: Isa,
+    stem: Stem,
+    blocks: Vec<Block>,
+    pads: fn(usize, usize, usize) -> Pad,
+    /// Buffers of earlier images, of threads that describe at the same time.
+    spaces: Mutex<Vec<Space>>,
+}
+
+/// Buffers kept at most: more threads than this do not describe at once.
+const SPACES: usize = 16;
+/// Hidden maps up to this many bytes are expanded as a whole: all threads' second-level caches hold them.
+const WHOLE: usize = 3 << 19;
+/// Pixels that are projected at once, about.
+const GROUP: usize = 80;
+
+impl Plan {
+    /// From the stem's weight (32 x 27) and bias, and the blocks. `pads` gives the border of a 3x3 at height, width and
+    /// stride; at most one row and column at the top and left.
+    pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        Self::on(Isa::detect(), stem, blocks, pads)
+    }
+
+    fn on(isa: Isa, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        let pack = |(weight, bias): (&[f32], &[f32])| Packed::new(weight, bias, weight.len() / bias.len().max(1), isa);
+        let block = |b: &PlanBlock| Block {
+            expand: b.expand.map(pack),
+            depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1),
+            project: pack(b.project),
+            outputs: b.project.1.len(),
+            stride: b.stride,
+            residual: b.residual,
+            tap: b.tap,
+        };
+        Self { isa, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
+    }
+
+    /// Of every tap the pooled channels, one tap after the other. `image`: three planes of `height` x `width`.
+    ///
+    /// Deterministic whatever the number of threads. Panics: `image` is of another size.
+    pub fn pooled(&self, image: &[f32], height: usize, width: usize, pooling: Pooling) -> Vec<Vec<f32>> {
+        self.run(image, height, width, |space| {
+            let of = |tap: &Tap| pool(&space.buffers[tap.buffer].values()[..tap.pixels * tap.stride], tap, pooling);
+            space.layout.taps.iter().map(of).collect()
+        })
+    }
+
+    /// Of every tap the map, C x H x W, with its height and width.
+    #[cfg(test)]
+    pub fn taps(&self, image: &[f32], height: usize, width: usize) -> Vec<Vec<f32>> {
+        self.run(image, height, width, |space| {
+            let of = |tap: &Tap| {
+                let values = space.buffers[tap.buffer].values();
+                (0..tap.channels).flat_map(|c| (0..tap.pixels).map(move |p| values[p * tap.stride + c])).collect()
+            };
+            space.layout.taps.iter().map(of).collect()
+        })
+    }
+
+    fn run<T>(&self, image: &[f32], height: usize, width: usize, then: impl FnOnce(&Space) -> T) -> T {
+        assert_eq!(image.len(), 3 * height * width, "the image is not three planes of {height} x {width}");
+        let threads = rayon::current_num_threads();
+        let kept = {
+            let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = spaces.iter().position(|s| (s.layout.height, s.layout.width, s.layout.threads) == (height, width, threads));
+            at.map(|at| spaces.swap_remove(at))
+        };
+        let mut space = kept.unwrap_or_else(|| Space::new(Layout::new(self, height, width, threads)));
+        self.execute(image, &mut space);
+        let out = then(&space);
+        let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+        if spaces.len() == SPACES {
+            spaces.remove(0);
+        }
+        spaces.push(space);
+        out
+    }
+
+    fn execute(&self, image: &[f32], space: &mut Space) {
+        let Space { layout, buffers, scratch, zeros } = space;
+        let shared = Shared {
+            plan: self,
+            layout,
+            image,
+            zeros,
+            buffers: buffers.iter_mut().map(|b| Raw { at: b.values_mut().as_mut_ptr(), len: b.len }).collect(),
+            next: AtomicUsize::new(0),
+            finished: layout.tasks.iter().map(|_| AtomicBool::new(false)).collect(),
+            left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
+            failed: AtomicBool::new(false),
+        };
+        let work = |scratch: &mut [f32]| match self.isa {
+            // SAFETY: the plan was packed for what `Isa::detect` found on this processor, or for less.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { work_avx512(&shared, scratch) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => unsafe { work_avx2(&shared, scratch) },
+            // SAFETY: plain arrays need no instruction set.
+            _ => unsafe { work::<[f32; 4]>(&shared, scratch) },
+        };
+        match scratch.as_mut_slice() {
+            [] => {}
+            [own] => work(own.values_mut()),
+            [own, others @ ..] => rayon::scope(|s| {
+                for other in others {
+                    s.spawn(|_| work(other.values_mut()));
+                }
+                work(own.values_mut());
+            }),
+        }
+    }
+}
+
+/// f32 values that begin at a cache line.
+#[derive(Debug)]
+struct Aligned {
+    data: Vec<f32>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Self {
+        let data = vec![0f32; len + 16];
+        let start = data.as_ptr().align_offset(64).min(16);
+        Self { data, start, len }
+    }
+
+    fn values(&self) -> &[f32] {
+        &self.data[self.start..][..self.len]
+    }
+
+    fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.data[self.start..][..self.len]
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    /// A block by rows.
+    Fused,
+    /// The first half of a block.
+    Expand,
+    /// The second half.
+    Reduce,
+}
+
+/// A pass over one block; its rows are cut into strips.
+#[derive(Debug)]
+struct Stage {
+    work: Work,
+    block: usize,
+    /// Height and width of the block's input.
+    height: usize,
+    width: usize,
+    pad: Pad,
+    /// Columns of what this stage writes.
+    out_width: usize,
+    /// Buffers; the first stage reads the image.
+    input: Option<usize>,
+    hidden: usize,
+    output: usize,
+    strips: Vec<Range<usize>>,
+    /// Rows of output between two projections.
+    step: usize,
+}
+
+impl Stage {
+    /// Rows of the stage before that rows `out` read.
+    fn reads(&self, stride: usize, out: &Range<usize>) -> Range<usize> {
+        match self.work {
+            Work::Expand => out.clone(),
+            _ => {
+                let from = (out.start * stride).saturating_sub(self.pad.top);
+                let to = ((out.end - 1) * stride + 3).saturating_sub(self.pad.top).min(self.height);
+                from.min(to)..to
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Tap {
+    buffer: usize,
+    pixels: usize,
+    channels: usize,
+    stride: usize,
+}
+
+/// What an image of one size needs on one number of threads.
+#[derive(Debug)]
+struct Layout {
+    height: usize,
+    width: usize,
+    threads: usize,
+    stages: Vec<Stage>,
+    /// Stage and strip, in order.
+    tasks: Vec<(usize, usize)>,
+    /// First task of each stage.
+    first: Vec<usize>,
+    taps: Vec<Tap>,
+    /// Lengths.
+    buffers: Vec<usize>,
+    scratch: usize,
+    zeros: usize,
+}
+
+fn strips(rows: usize, threads: usize) -> Vec<Range<usize>> {
+    // More strips than threads even out what else the machine does; each costs two rows.
+    let n = if threads == 1 {
+        1
+    } else if rows >= 32 * threads {
+        2 * threads
+    } else {
+        threads
+    };
+    let n = n.min(rows).max(1);
+    (0..n).map(|i| rows * i / n..rows * (i + 1) / n).collect()
+}
+
+impl Layout {
+    /// Blocks write in turn to three buffers, taps to their own; whole hidden maps lie in two. A stage may write what the
+    /// stage before the last read, for that is over when it begins.
+    fn new(plan: &Plan, height: usize, width: usize, threads: usize) -> Self {
+        let mut out = Self {
+            height,
+            width,
+            threads,
+            stages: Vec::new(),
+            tasks: Vec::new(),
+            first: Vec::new(),
+            taps: Vec::new(),
+            buffers: vec![0; 5],
+            scratch: 0,
+            zeros: 0,
+        };
+        let stem = (plan.pads)(height, width, 2).output(height, width, 2).unwrap_or((0, 0));
+        let (mut h, mut w, mut input) = (stem.0, stem.1, None);
+        for (at, block) in plan.blocks.iter().enumerate() {
+            let hidden = block.depthwise.channels;
+            let pad = (plan.pads)(h, w, block.stride);
+            let (oh, ow) = pad.output(h, w, block.stride).unwrap_or((0, 0));
+            let len = oh * ow * block.project.outputs;
+            let output = if block.tap {
+                out.buffers.push(len);
+                out.taps.push(Tap {
+                    buffer: out.buffers.len() - 1,
+                    pixels: oh * ow,
+                    channels: block.outputs,
+                    stride: block.project.outputs,
+                });
+                out.buffers.len() - 1
+            } else {
+                let turn = at % 3;
+                out.buffers[turn] = out.buffers[turn].max(len);
+                turn
+            };
+            let step = (GROUP / ow.max(1)).clamp(TOGETHER, 8).min(oh.max(1));
+            let whole = block.expand.is_some() && 4 * h * w * hidden <= WHOLE;
+            let stage = |work, out_height, out_width| Stage {
+                work,
+                block: at,
+                height: h,
+                width: w,
+                pad,
+                out_width,
+                input,
+                hidden: 3 + at % 2,
+                output,
+                strips: strips(out_height, threads),
+                step,
+            };
+            if whole {
+                out.buffers[3 + at % 2] = out.buffers[3 + at % 2].max(h * w * hidden);
+                out.stages.push(stage(Work::Expand, h, w));
+                out.stages.push(stage(Work::Reduce, oh, ow));
+                out.scratch = out.scratch.max(step * ow * hidden);
+            } else {
+                out.stages.push(stage(Work::Fused, oh, ow));
+                out.scratch = out.scratch.max(((step - 1) * block.stride + 3) * w * hidden + step * ow * hidden);
+            }
+            out.zeros = out.zeros.max(w * hidden);
+            (h, w, input) = (oh, ow, Some(output));
+        }
+        for (s, stage) in out.stages.iter().enumerate() {
+            out.first.push(out.tasks.len());
+            out.tasks.extend((0..stage.strips.len()).map(|i| (s, i)));
+        }
+        out.zeros = out.zeros.max(width);
+        out
+    }
+}
+
+#[derive(Debug)]
+struct Space {
+    layout: Layout,
+    buffers: Vec<Aligned>,
+    /// One per thread.
+    scratch: Vec<Aligned>,
+    zeros: Vec<f32>,
+}
+
+impl Space {
+    fn new(layout: Layout) -> Self {
+        Self {
+            buffers: layout.buffers.iter().map(|n| Aligned::new(*n)).collect(),
+            scratch: (0..layout.threads).map(|_| Aligned::new(layout.scratch)).collect(),
+            zeros: vec![0.0; layout.zeros],
+            layout,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Raw {
+    at: *mut f32,
+    len: usize,
+}
+
+/// What all threads see of one image's run.
+struct Shared<'a> {
+    plan: &'a Plan,
+    layout: &'a Layout,
+    image: &'a [f32],
+    zeros: &'a [f32],
+    buffers: Vec<Raw>,
+    next: AtomicUsize,
+    /// Of every task.
+    finished: Vec<AtomicBool>,
+    /// Of every stage the strips that are not.
+    left: Vec<AtomicUsize>,
+    failed: AtomicBool,
+}
+
+// SAFETY: the buffers behind the pointers outlive the run, and `rows` and `rows_mut` hand out rows only by the rules that
+// they state.
+unsafe impl Sync for Shared<'_> {}
+
+impl Shared<'_> {
+    /// Values of some rows of a buffer.
+    ///
+    /// # Safety
+    ///
+    /// No thread writes these rows before the caller's strip is finished.
+    #[inline(always)]
+    unsafe fn rows(&self, buffer: usize, row: usize, rows: &Range<usize>) -> &[f32] {
+        let Raw { at, len } = self.buffers[buffer];
+        assert!(rows.start <= rows.end && rows.end * row <= len, "plan: rows");
+        // SAFETY: within the buffer by the assertion, not written by the caller's promise.
+        unsafe { std::slice::from_raw_parts(at.add(rows.start * row), rows.len() * row) }
+    }
+
+    /// # Safety
+    ///
+    /// No other thread reads or writes these rows before the caller's strip is finished, nor does the caller elsewhere.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)] // the rows of one buffer are shared out among strips
+    unsafe fn rows_mut(&self, buffer: usize, row: usize, rows: &Range<usize>) -> &mut [f32] {
+        let Raw { at, len } = self.buffers[buffer];
+        assert!(rows.start <= rows.end && rows.end * row <= len, "plan: rows");
+        // SAFETY: within the buffer by the assertion, the caller's alone by its promise.
+        unsafe { std::slice::from_raw_parts_mut(at.add(rows.start * row), rows.len() * row) }
+    }
+
+    /// Waits until what a strip reads is there and what it writes is not read any more. False: another thread failed.
+    fn wait(&self, stage: usize, strip: usize) -> bool {
+        let now = &self.layout.stages[stage];
+        let Some(before) = stage.checked_sub(1) else { return true };
+        let reads = now.reads(self.plan.blocks[now.block].stride, &now.strips[strip]);
+        let wanted = |(i, s): (usize, &Range<usize>)| (s.start < reads.end && reads.start < s.end).then_some(self.layout.first[before] + i);
+        let wanted = self.layout.stages[before].strips.iter().enumerate().filter_map(wanted);
+        let mut spins = 0u32;
+        let mut until = |done: &dyn Fn() -> bool| {
+            while !done() {
+                if self.failed.load(Ordering::Relaxed) {
+                    return false;
+                }
+                spins += 1;
+                if spins.is_multiple_of(1024) {
+                    std::thread::yield_now();
+                } else {
+                    std::hint::spin_loop();
+                }
+            }
+            true
+        };
+        for task in wanted {
+            if !until(&|| self.finished[task].load(Ordering::Acquire)) {
+                return false;
+            }
+        }
+        // With three buffers, what this stage writes was read by the stage before the last at the latest.
+        stage < 2 || until(&|| self.left[stage - 2].load(Ordering::Acquire) == 0)
+    }
+}
+
+/// Tells the others when a strip panics, so that none waits for it for ever.
+struct Watch<'a>(&'a AtomicBool);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn work_avx512(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { work::<std::arch::x86_64::__m512>(shared, scratch) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn work_avx2(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { work::<std::arch::x86_64::__m256>(shared, scratch) }
+}
+
+/// Takes strips until there are none.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn work<V: Vector>(shared: &Shared, scratch: &mut [f32]) {
+    let _watch = Watch(&shared.failed);
+    loop {
+        let task = shared.next.fetch_add(1, Ordering::Relaxed);
+        let Some((stage, strip)) = shared.layout.tasks.get(task).copied() else { return };
+        if !shared.wait(stage, strip) {
+            return;
+        }
+        let now = &shared.layout.stages[stage];
+        let rows = &now.strips[strip];
+        // SAFETY: the instruction set by the caller's promise; `wait` has seen that the rows read are finished and that
+        // nobody reads what is written, and each strip writes its own rows.
+        unsafe {
+            match now.work {
+                Work::Fused => fused::<V>(shared, now, rows, scratch),
+                Work::Expand => expand::<V>(shared, now, rows),
+                Work::Reduce => reduce::<V>(shared, now, rows, scratch),
+            }
+        }
+        shared.finished[task].store(true, Ordering::Release);
+        shared.left[stage].fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// # Safety
+///
+/// As [`work`], and the strip's rows are ready.
+#[inline(always)]
+unsafe fn expand<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>) {
+    let block = &shared.plan.blocks[stage.block];
+    let (Some(packed), Some(input)) = (&block.expand, stage.input) else { return };
+    let channels = padded(packed.inputs);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let x = Pixels { data: shared.rows(input, stage.width * channels, rows), stride: channels };
+        let out = shared.rows_mut(stage.hidden, stage.width * packed.outputs, rows);
+        for p in 0..packed.panels() {
+            panel::<V>(packed, p, rows.len() * stage.width, x, None, Activation::Relu6, out);
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`work`], and the strip's rows are ready.
+#[inline(always)]
+unsafe fn reduce<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+    let block = &shared.plan.blocks[stage.block];
+    let row = stage.width * block.depthwise.channels;
+    let read = stage.reads(block.stride, rows);
+    // SAFETY: the caller's promise.
+    unsafe {
+        let hidden = shared.rows(stage.hidden, row, &read);
+        let of = |y: usize| &hidden[(y - read.start) * row..][..row];
+        let mut from = rows.start;
+        while from < rows.end {
+            let to = (from + stage.step).min(rows.end);
+            narrow::<V>(shared, stage, block, from..to, &of, scratch);
+            from = to;
+        }
+    }
+}
+
+/// # Safety
+///
+/// As [`work`], and the strip's rows are ready.
+#[inline(always)]
+unsafe fn fused<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+    let block = &shared.plan.blocks[stage.block];
+    let row = stage.width * block.depthwise.channels;
+    let slots = (stage.step - 1) * block.stride + 3;
+    let (ring, scratch) = scratch.split_at_mut(slots * row);
+    let read = stage.reads(block.stride, rows);
+    let mut next = read.start;
+    let mut from = rows.start;
+    while from < rows.end {
+        let to = (from + stage.step).min(rows.end);
+        let need = stage.reads(block.stride, &(from..to)).end;
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (&block.expand, stage.input) {
+                (Some(packed), Some(input)) => {
+                    let channels = padded(packed.inputs);
+                    for p in 0..packed.panels() {
+                        for y in next..need {
+                            let x = Pixels { data: shared.rows(input, stage.width * channels, &(y..y + 1)), stride: channels };
+                            panel::<V>(packed, p, stage.width, x, None, Activation::Relu6, &mut ring[y % slots * row..][..row]);
+                        }
+                    }
+                }
+                _ => {
+                    for y in next..need {
+                        stem::<V>(shared, stage, y, &mut ring[y % slots * row..][..row]);
+                    }
+                }
+            }
+            next = next.max(need);
+            let of = |y: usize| &ring[y % slots * row..][..row];
+            narrow::<V>(shared, stage, block, from..to, &of, scratch);
+        }
+        from = to;
+    }
+}
+
+/// Row `y` of the stem.
+///
+/// # Safety
+///
+/// As [`work`].
+#[inline(always)]
+unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, out: &mut [f32]) {
+    let (height, width) = (shared.layout.height, shared.layout.width);
+    let pad = (shared.plan.pads)(height, width, 2);
+    let row = |k: usize| {
+        let at = (2 * y + k % 3).wrapping_sub(pad.top);
+        if at < height {
+            &shared.image[(k / 3 * height + at) * width..][..width]
+        } else {
+            &shared.zeros[..width]
+        }
+    };
+    // SAFETY: the caller's promise.
+    unsafe { stem_row::<V>(&shared.plan.stem, pad.left, width, std::array::from_fn(row), stage.width, out) }
+}
+
+/// Depthwise convolution and projection of output rows, from hidden rows that `of` returns.
+///
+/// # Safety
+///
+/// As [`work`], and the rows are of the caller's strip.
+#[inline(always)]
+unsafe fn narrow<'a, V: Vector>(
+    shared: &'a Shared,
+    stage: &Stage,
+    block: &Block,
+    rows: Range<usize>,
+    of: &dyn Fn(usize) -> &'a [f32],
+    scratch: &mut [f32],
+) {
+    let hidden = block.depthwise.channels;
+    let width = stage.out_width;
+    let row = stage.width * hidden;
+    let mut y = rows.start;
+    for out in scratch[..rows.len() * width * hidden].chunks_mut(TOGETHER * width * hidden) {
+        let of = |k: usize| {
+            let at = (y * block.stride + k).wrapping_sub(stage.pad.top);
+            if at < stage.height {
+                of(at)
+            } else {
+                &shared.zeros[..row]
+            }
+        };
+        let together = out.len() / (width * hidden);
+        let mut seen: [&[f32]; 2 * (TOGETHER - 1) + 3] = Default::default();
+        let seen = &mut seen[..(together - 1) * block.stride + 3];
+        seen.iter_mut().enumerate().for_each(|(k, row)| *row = of(k));
+        // SAFETY: the caller's promise.
+        unsafe { depthwise_rows::<V>(&block.depthwise, block.stride, stage.pad.left, stage.width, seen, width, out) };
+        y += together;
+    }
+    let channels = block.project.outputs;
+    // SAFETY: the caller's promise; the input's rows are read, the output's written by this strip alone.
+    unsafe {
+        let residual = match stage.input {
+            Some(input) if block.residual => Some(Pixels { data: shared.rows(input, width * channels, &rows), stride: channels }),
+            _ => None,
+        };
+        let out = shared.rows_mut(stage.output, width * channels, &rows);
+        let x = Pixels { data: &scratch[..rows.len() * width * hidden], stride: hidden };
+        for p in 0..block.project.panels() {
+            panel::<V>(&block.project, p, rows.len() * width, x, residual, Activation::None, out);
+        }
+    }
+}
+
+/// One value per channel. Sums of 64 pixels are added up, so that f32 suffices.
+fn pool(values: &[f32], tap: &Tap, pooling: Pooling) -> Vec<f32> {
+    let mut sums = vec![0f32; tap.stride];
+    let mut part = vec![0f32; tap.stride];
+    for pixels in values.chunks(64 * tap.stride) {
+        part.fill(0.0);
+        for pixel in pixels.chunks_exact(tap.stride) {
+            let pairs = part.iter_mut().zip(pixel);
+            let floor = |v: f32| if v < GEM_EPS as f32 { GEM_EPS as f32 } else { v };
+            match pooling {
+                Pooling::Average => pairs.for_each(|(s, v)| *s += v),
+                Pooling::Gem { p: 3.0 } => pairs.for_each(|(s, v)| *s += floor(*v) * floor(*v) * floor(*v)),
+                Pooling::Gem { p } => pairs.for_each(|(s, v)| *s += floor(*v).powf(p as f32)),
+            }
+        }
+        sums.iter_mut().zip(&part).for_each(|(s, p)| *s += p);
+    }
+    let mean = |s: &f32| s / tap.pixels as f32;
+    let of = |s: &f32| match pooling {
+        Pooling::Average => mean(s),
+        Pooling::Gem { p } => mean(s).powf(1.0 / p as f32),
+    };
+    sums[..tap.channels].iter().map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn noise(seed: u64, n: usize, scale: f32) -> Vec<f32> {
+        (0..n as u64).map(|i| crate::test_noise(seed, i) * scale).collect()
+    }
+
+    fn same(h: usize, w: usize, s: usize) -> Pad {
+        Pad::same(h, w, s)
+    }
+
+    fn one(_: usize, _: usize, _: usize) -> Pad {
+        Pad::ONE
+    }
+
+    /// C x H x W.
+    #[derive(Clone)]
+    struct Map {
+        c: usize,
+        h: usize,
+        w: usize,
+        data: Vec<f64>,
+    }
+
+    fn relu6(v: f64) -> f64 {
+        v.clamp(0.0, 6.0)
+    }
+
+    /// The definition: every output channel sees `per` input channels through a k x k kernel.
+    fn convolve(x: &Map, weight: &[f32], bias: &[f32], k: usize, stride: usize, pad: Pad, per: usize) -> Map {
+        let (h, w) = if k == 1 { (x.h, x.w) } else { pad.output(x.h, x.w, stride).unwrap() };
+        let (top, left) = if k == 1 { (0, 0) } else { (pad.top, pad.left) };
+        let mut data = Vec::with_capacity(bias.len() * h * w);
+        for (o, b) in bias.iter().enumerate() {
+            for y in 0..h {
+                for z in 0..w {
+                    let mut sum = f64::from(*b);
+                    for i in 0..per {
+                        let c = if per == x.c { i } else { o };
+                        for (t, (ky, kx)) in (0..k * k).map(|t| (t, (t / k, t % k))) {
+                            let (sy, sx) = ((y * stride + ky).wrapping_sub(top), (z * stride + kx).wrapping_sub(left));
+                            if sy < x.h && sx < x.w {
+                                sum += f64::from(weight[(o * per + i) * k * k + t]) * x.data[(c * x.h + sy) * x.w + sx];
+                            }
+                        }
+                    }
+                    data.push(sum);
+                }
+            }
+        }
+        Map { c: bias.len(), h, w, data }
+    }
+
+    struct Net {
+        stem: (Vec<f32>, Vec<f32>),
+        /// Expansion, depthwise, projection, stride.
+        blocks: Vec<[(Vec<f32>, Vec<f32>); 3]>,
+        strides: Vec<usize>,
+    }
+
+    impl Net {
+        /// Blocks of these hidden channels, output channels and strides.
+        fn new(seed: u64, shape: &[(usize, usize, usize)]) -> Self {
+            let layer = |seed: u64, o: usize, per: usize| (noise(seed, o * per, (2.0 / per as f32).sqrt()), noise(seed + 1, o, 0.3));
+            let mut inputs = 32;
+            let mut blocks = Vec::new();
+            for (at, (hidden, outputs, _)) in shape.iter().enumerate() {
+                let s = seed + 10 * at as u64 + 10;
+                let hidden = if at == 0 { 32 } else { *hidden };
+                blocks.push([layer(s, hidden, inputs), layer(s + 2, hidden, 9), layer(s + 4, *outputs, hidden)]);
+                inputs = *outputs;
+            }
+            Self { stem: layer(seed, 32, 27), blocks, strides: shape.iter().map(|s| s.2).collect() }
+        }
+
+        fn residual(&self, at: usize) -> bool {
+            at > 0 && self.strides[at] == 1 && self.blocks[at][2].1.len() == self.blocks[at - 1][2].1.len()
+        }
+
+        fn plan(&self, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+            fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
+                (&w.0, &w.1)
+            }
+            let mut blocks = Vec::new();
+            for (at, [expand, depthwise, project]) in self.blocks.iter().enumerate() {
+                blocks.push(PlanBlock {
+                    expand: (at > 0).then(|| slices(expand)),
+                    depthwise: slices(depthwise),
+                    project: slices(project),
+                    stride: self.strides[at],
+                    residual: self.residual(at),
+                    tap: at % 2 == 1 || at + 1 == self.blocks.len(),
+                });
+            }
+            Plan::on(isa, slices(&self.stem), &blocks, pads)
+        }
+
+        fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
+            let image = Map { c: 3, h, w, data: image.iter().map(|v| f64::from(*v)).collect() };
+            let active = |mut m: Map| {
+                m.data.iter_mut().for_each(|v| *v = relu6(*v));
+                m
+            };
+            let mut x = active(convolve(&image, &self.stem.0, &self.stem.1, 3, 2, pads(h, w, 2), 3));
+            let mut out = Vec::new();
+            for (at, [expand, depthwise, project]) in self.blocks.iter().enumerate() {
+                let wide = if at > 0 { active(convolve(&x, &expand.0, &expand.1, 1, 1, Pad::ONE, x.c)) } else { x.clone() };
+                let pad = pads(wide.h, wide.w, self.strides[at]);
+                let deep = active(convolve(&wide, &depthwise.0, &depthwise.1, 3, self.strides[at], pad, 1));
+                let mut y = convolve(&deep, &project.0, &project.1, 1, 1, Pad::ONE, deep.c);
+                if self.residual(at) {
+                    y.data.iter_mut().zip(&x.data).for_each(|(y, x)| *y += x);
+                }
+                if at % 2 == 1 || at + 1 == self.blocks.len() {
+                    out.push(y.clone());
+                }
+                x = y;
+            }
+            out
+        }
+    }
+
+    fn on_threads<T: Send>(n: usize, f: impl FnOnce() -> T + Send) -> T {
+        rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(f)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// Equal to the definition on every instruction set, and to itself on every number of threads, at any size and
+        /// channel count, with both kinds of border. Channels of 16 to 64 rows and more make both kinds of stages.
+        #[test]
+        fn equals_the_definition(
+            seed in 0u64..1000,
+            h in 3usize..70, w in 3usize..70,
+            shape in prop::collection::vec((1usize..70, 1usize..70, 1usize..3), 1..5),
+            copies in prop::collection::vec(any::<bool>(), 5),
+            tf: bool,
+        ) {
+            // Residuals come of equal channels.
+            let mut shape = shape;
+            for at in 1..shape.len() {
+                if copies[at] {
+                    shape[at].1 = shape[at - 1].1;
+                }
+            }
+            let pads = if tf { same } else { one };
+            let net = Net::new(seed, &shape);
+            let image = noise(seed + 7, 3 * h * w, 1.0);
+            let want = net.taps(&image, h, w, pads);
+            for isa in Isa::available() {
+                let plan = net.plan(isa, pads);
+                let got = on_threads(1, || plan.taps(&image, h, w));
+                prop_assert_eq!(got.len(), want.len());
+                for (got, want) in got.iter().zip(&want) {
+                    prop_assert_eq!(got.len(), want.data.len());
+                    let top = want.data.iter().fold(1.0f64, |m, v| m.max(v.abs()));
+                    let worst = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                    prop_assert!(worst < 2e-5 * top, "{isa:?}: {worst} of {top}");
+                }
+                for threads in [2, 3, 5] {
+                    let again = on_threads(threads, || [plan.taps(&image, h, w), plan.taps(&image, h, w)]);
+                    prop_assert!(again.iter().all(|a| *a == got), "{isa:?} on {threads} threads");
+                }
+            }
+        }
+    }
+
+    /// Large enough for rings and several strips a thread.
+    #[test]
+    fn large_maps_by_rows_equal_the_definition_on_any_number_of_threads() {
+        let net = Net::new(3, &[(32, 16, 1), (96, 24, 2), (144, 24, 1), (144, 32, 2), (192, 32, 1)]);
+        let (h, w) = (300, 420);
+        let image = noise(9, 3 * h * w, 1.0);
+        let want = net.taps(&image, h, w, one);
+        for isa in Isa::available() {
+            let plan = net.plan(isa, one);
+            let got = on_threads(1, || plan.taps(&image, h, w));
+            for (got, want) in got.iter().zip(&want) {
+                let top = want.data.iter().fold(1.0f64, |m, v| m.max(v.abs()));
+                let worst = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                assert!(worst < 2e-5 * top, "{isa:?}: {worst} of {top}");
+            }
+            for threads in [2, 4] {
+                assert!(on_threads(threads, || plan.taps(&image, h, w)) == got);
+            }
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_reach_the_taps_that_they_should() {
+        let net = Net::new(5, &[(32, 16, 1), (40, 24, 2), (48, 24, 1)]);
+        let (h, w) = (33, 47);
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut image = noise(1, 3 * h * w, 1.0);
+            image[(h / 2) * w + w / 2] = bad;
+            let want = net.taps(&image, h, w, one);
+            for isa in Isa::available() {
+                let got = net.plan(isa, one).taps(&image, h, w);
+                for (got, want) in got.iter().zip(&want) {
+                    let pairs = got.iter().zip(&want.data);
+                    assert!(pairs.clone().all(|(a, b)| a.is_nan() == b.is_nan()), "{isa:?}");
+                    assert!(pairs.filter(|(a, _)| !a.is_nan()).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-3), "{isa:?}");
+                }
+                assert_eq!(got[0].iter().any(|v| v.is_nan()), bad.is_nan());
+            }
+        }
+    }
+
+    #[test]
+    fn images_described_at_once_and_sizes_in_turn_do_not_mix() {
+        use rayon::prelude::*;
+        let net = Net::new(6, &[(32, 16, 1), (40, 24, 2), (48, 24, 1)]);
+        let plan = net.plan(Isa::detect(), same);
+        let sizes = [(40, 56), (33, 20), (64, 64)];
+        let gem = Pooling::Gem { p: 3.0 };
+        let image = |i: u64, (h, w): (usize, usize)| noise(i, 3 * h * w, 1.0);
+        let alone: Vec<_> =
+            (0..24u64).map(|i| sizes[i as usize % 3]).enumerate().map(|(i, s)| plan.pooled(&image(i as u64, s), s.0, s.1, gem)).collect();
+        let together: Vec<_> = on_threads(4, || {
+            (0..24u64)
+                .into_par_iter()
+                .map(|i| plan.pooled(&image(i, sizes[i as usize % 3]), sizes[i as usize % 3].0, sizes[i as usize % 3].1, gem))
+                .collect()
+        });
+        assert!(alone == together);
+    }
+
+    #[test]
+    fn pooling_is_the_layers() {
+        let values = noise(4, 48 * 150, 1.0);
+        let tap = Tap { buffer: 0, pixels: 150, channels: 33, stride: 48 };
+        let map: Vec<f32> = (0..33).flat_map(|c| (0..150).map(|p| values[p * 48 + c]).collect::<Vec<_>>()).collect();
+        let map = candle_core::Tensor::from_vec(map, (1, 33, 10, 15), &candle_core::Device::Cpu).unwrap();
+        for pooling in [Pooling::Average, Pooling::Gem { p: 3.0 }, Pooling::Gem { p: 1.0 }, Pooling::Gem { p: 4.5 }] {
+            let want = pooling.pool(&map).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let got = pool(&values, &tap, pooling);
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 2e-5), "{pooling:?}");
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! 1x1 convolution over pixels whose channels lie side by side: a matrix product with packed weights, bias, residual and
+//! activation in the same pass.
+
+use super::vector::Vector;
+use super::{Activation, Isa};
+
+/// Channels of a unit: buffers are padded to whole units.
+pub(super) const UNIT: usize = 16;
+
+/// `channels` rounded up to whole units.
+pub(super) fn padded(channels: usize) -> usize {
+    channels.next_multiple_of(UNIT)
+}
+
+/// Units that one pass over the pixels produces, and where their weights begin.
+#[derive(Clone, Copy, Debug)]
+struct Panel {
+    unit: usize,
+    units: usize,
+    weights: usize,
+}
+
+/// Weights of a 1x1 convolution, packed for one instruction set.
+#[derive(Debug)]
+pub(super) struct Packed {
+    pub inputs: usize,
+    /// Padded to whole units; padding is zero.
+    pub outputs: usize,
+    panels: Vec<Panel>,
+    /// Panel by panel: input channel, output channel of the panel.
+    weights: Vec<f32>,
+    bias: Vec<f32>,
+}
+
+impl Packed {
+    /// From `weights`, O x I, and `bias`, O.
+    pub fn new(weights: &[f32], bias: &[f32], inputs: usize, isa: Isa) -> Self {
+        let units = bias.len().div_ceil(UNIT);
+        let mut panels = Vec::new();
+        let (mut unit, mut at) = (0, 0);
+        while unit < units {
+            let left = units - unit;
+            // Three by eight pixels fill AVX-512's registers best; four by six are next.
+            let of = match (isa, left) {
+                (Isa::Avx512, 1 | 2) => left,
+                (Isa::Avx512, _) if left == 4 || left.is_multiple_of(4) && !left.is_multiple_of(3) => 4,
+                (Isa::Avx512, _) => 3,
+                _ => 1,
+            };
+            panels.push(Panel { unit, units: of, weights: at });
+            at += inputs * of * UNIT;
+            unit += of;
+        }
+        let mut packed = vec![0f32; at];
+        for p in &panels {
+            for i in 0..inputs {
+                for (j, to) in packed[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
+                    let o = p.unit * UNIT + j;
+                    *to = if o < bias.len() { weights[o * inputs + i] } else { 0.0 };
+                }
+            }
+        }
+        let mut wide = bias.to_vec();
+        wide.resize(units * UNIT, 0.0);
+        Self { inputs, outputs: units * UNIT, panels, weights: packed, bias: wide }
+    }
+
+    /// Number of panels: each is one pass.
+    pub fn panels(&self) -> usize {
+        self.panels.len()
+    }
+}
+
+/// Pixels of a matrix: values between one pixel and the next.
+#[derive(Clone, Copy)]
+pub(super) struct Pixels<'a> {
+    pub data: &'a [f32],
+    pub stride: usize,
+}
+
+/// One panel's channels of `pixels` pixels of `out`, `packed.outputs` values apart.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`, which must be the one that `packed` was made for.
+#[inline(always)]
+pub(super) unsafe fn panel<V: Vector>(
+    packed: &Packed,
+    panel: usize,
+    pixels: usize,
+    x: Pixels,
+    residual: Option<Pixels>,
+    activation: Activation,
+    out: &mut [f32],
+) {
+    let Panel { unit, units, weights } = packed.panels[panel];
+    let first = unit * UNIT;
+    assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + packed.inputs, "pointwise: input");
+    assert!(out.len() >= pixels * packed.outputs, "pointwise: output");
+    assert!(residual.is_none_or(|r| r.stride >= packed.outputs && r.data.len() >= pixels * r.stride), "pointwise: residual");
+    let weights = &packed.weights[weights..][..packed.inputs * units * UNIT];
+    let bias = &packed.bias[first..][..units * UNIT];
+    let call = Call {
+        inputs: packed.inputs,
+        x: x.data.as_ptr(),
+        stride: x.stride,
+        weights: weights.as_ptr(),
+        bias: bias.as_ptr(),
+        residual: residual.map_or(std::ptr::null(), |r| r.data[first..].as_ptr()),
+        residual_stride: residual.map_or(0, |r| r.stride),
+        out: out.as_mut_ptr().wrapping_add(first),
+        out_stride: packed.outputs,
+        activation,
+    };
+    // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
+    // and the panel's weights and biases are whole.
+    unsafe {
+        match (V::LANES, units) {
+            (16, 1) => call.pixels::<V, 16, 1>(pixels),
+            (16, 2) => call.pixels::<V, 12, 2>(pixels),
+            (16, 3) => call.pixels::<V, 8, 3>(pixels),
+            (16, _) => call.pixels::<V, 6, 4>(pixels),
+            (8, _) => call.pixels::<V, 6, 2>(pixels),
+            _ => call.pixels::<V, 2, 4>(pixels),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Call {
+    inputs: usize,
+    x: *const f32,
+    stride: usize,
+    weights: *const f32,
+    bias: *const f32,
+    residual: *const f32,
+    residual_stride: usize,
+    out: *mut f32,
+    out_stride: usize,
+    activation: Activation,
+}
+
+impl Call {
+    /// `ROWS` pixels at a time, then what is left.
+    #[inline(always)]
+    unsafe fn pixels<V: Vector, const ROWS: usize, const VECTORS: usize>(self, pixels: usize) {
+        let mut at = 0;
+        // SAFETY: the caller's promise, for each pixel once.
+        unsafe {
+            while at + ROWS <= pixels {
+                self.from(at).tile::<V, ROWS, VECTORS>();
+                at += ROWS;
+            }
+            while at < pixels {
+                let left = (pixels - at).min(4);
+                let rest = self.from(at);
+                match left {
+                    4 => rest.tile::<V, 4, VECTORS>(),
+                    3 => rest.tile::<V, 3, VECTORS>(),
+                    2 => rest.tile::<V, 2, VECTORS>(),
+                    _ => rest.tile::<V, 1, VECTORS>(),
+                }
+                at += left;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from(self, pixel: usize) -> Self {
+        // SAFETY: the pixel is within the slices.
+        unsafe {
+            Self {
+                x: self.x.add(pixel * self.stride),
+                out: self.out.add(pixel * self.out_stride),
+                residual: if self.residual.is_null() { self.residual } else { self.residual.add(pixel * self.residual_stride) },
+                ..self
+            }
+        }
+    }
+
+    /// Outer products of `ROWS` pixels and `VECTORS` vectors of channels, summed in registers.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
+            for v in 0..VECTORS {
+                let bias = V::load(self.bias.add(v * V::LANES));
+                for row in &mut sums {
+                    row[v] = bias;
+                }
+            }
+            let mut weights = self.weights;
+            for i in 0..self.inputs {
+                let mut w = [V::splat(0.0); VECTORS];
+                for (v, w) in w.iter_mut().enumerate() {
+                    *w = V::load(weights.add(v * V::LANES));
+                }
+                for (r, row) in sums.iter_mut().enumerate() {
+                    let x = V::splat(*self.x.add(r * self.stride + i));
+                    for (sum, w) in row.iter_mut().zip(w) {
+                        *sum = x.fma(w, *sum);
+                    }
+                }
+                weights = weights.add(VECTORS * V::LANES);
+            }
+            if !self.residual.is_null() {
+                for (r, row) in sums.iter_mut().enumerate() {
+                    for (v, sum) in row.iter_mut().enumerate() {
+                        *sum = sum.add(V::load(self.residual.add(r * self.residual_stride + v * V::LANES)));
+                    }
+                }
+            }
+            for (r, row) in sums.into_iter().enumerate() {
+                for (v, sum) in row.into_iter().enumerate() {
+                    activate(sum, self.activation).store(self.out.add(r * self.out_stride + v * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+pub(super) unsafe fn activate<V: Vector>(x: V, activation: Activation) -> V {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match activation {
+            Activation::None => x,
+            Activation::Relu => x.at_least(V::splat(0.0)),
+            Activation::Relu6 => x.at_least(V::splat(0.0)).at_most(V::splat(6.0)),
+        }
+    }
+}
