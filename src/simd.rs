@@ -1,4 +1,4 @@
-//! One safe kernel body, compiled for several instruction sets, chosen at run time.
+//! One safe kernel body, compiled for several instruction sets, chosen at run time; and memory for kernels.
 
 /// The instruction set that a kernel body is compiled for; chosen once per call at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,4 +67,34 @@ pub(crate) fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     } else {
         a * b + c
     }
+}
+
+/// Asks the system to back the whole pages of `memory` with huge ones. To be called before they are
+/// first written; where the system does not know how, nothing happens.
+pub(crate) fn advise_huge_pages<T>(memory: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = memory.as_ptr() as usize;
+        let (first, end) = (start.next_multiple_of(PAGE), (start + size_of_val(memory)) / PAGE * PAGE);
+        if first < end {
+            // SAFETY: the range lies inside `memory`; the advice changes how it is backed, never what
+            // it holds. That it may be refused does no harm.
+            unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
+/// Values that are worth huge pages.
+const LARGE: usize = 1 << 20;
+
+/// `n` zeros; if they are many, on huge pages: a network's first maps are otherwise tens of thousands of page faults.
+pub(crate) fn zeroed(n: usize) -> Vec<f32> {
+    let mut values = vec![0f32; n];
+    if n >= LARGE {
+        advise_huge_pages(&mut values);
+    }
+    values
 }

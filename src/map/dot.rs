@@ -3,7 +3,7 @@
 //! Reading is what costs: a map of 100 000 keyframes is 179 MB. So one sequential stream, each row
 //! read once, which the hardware prefetches better than we could (measured: software prefetch cost
 //! 5 to 15 % on 4 kB pages and won 4 % on huge ones); the query stays in the first-level cache. Huge
-//! pages save a fifth of the time: see [`advise_huge_pages`].
+//! pages save a fifth of the time: see [`crate::simd::advise_huge_pages`].
 
 use crate::simd::Isa;
 
@@ -54,24 +54,6 @@ fn portable(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     tail + lanes.iter().sum::<f32>()
-}
-
-/// Asks the system to back the whole pages of `memory` with huge ones. To be called before they are
-/// first written; where the system does not know how, nothing happens.
-pub(crate) fn advise_huge_pages(memory: &mut [std::mem::MaybeUninit<f32>]) {
-    #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096;
-        let start = memory.as_ptr() as usize;
-        let (first, end) = (start.next_multiple_of(PAGE), (start + size_of_val(memory)) / PAGE * PAGE);
-        if first < end {
-            // SAFETY: the range lies inside `memory`; the advice changes how it is backed, never what
-            // it holds. That it may be refused does no harm.
-            unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = memory;
 }
 
 #[cfg(target_arch = "x86_64")]

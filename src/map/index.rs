@@ -1,8 +1,9 @@
 //! Exact nearest neighbours by inner product, over rows that arrive one at a time.
 
-use super::dot::{advise_huge_pages, scores};
+use super::dot::scores;
 use crate::descriptor::Descriptor;
 use crate::error::{Error, Result};
+use crate::simd::advise_huge_pages;
 use std::ops::Range;
 
 /// Rows that are scored before the best are picked: their scores fit the first-level cache.

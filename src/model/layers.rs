@@ -1,20 +1,25 @@
 //! The few layers that networks for local features are made of, batch norm folded.
 
-use super::kernels::{bias_act, Activation, Conv3x3};
+use super::kernels::{Activation, Conv, Conv3x3};
 use crate::error::{Error, Result};
 use candle_core::{Tensor, D};
 use rayon::prelude::*;
 use std::collections::BTreeMap;
 
-/// A convolution with what follows it.
+/// A convolution with what follows it. Maps are N x C x H x W with channels last in memory: each layer takes what the one
+/// before gives without a copy.
 #[derive(Clone, Debug)]
-pub(super) enum Layer {
-    /// 1x1: a matrix product over channels. `weight` is O x I.
-    Point { weight: Tensor, bias: Tensor, activation: Activation },
-    /// 3x3 at stride 1.
-    Three { conv: Conv3x3, activation: Activation, pool: bool },
-    /// 3x3 at stride 2, or another kernel.
-    Other { weight: Tensor, bias: Tensor, activation: Activation, stride: usize },
+pub(super) struct Layer {
+    conv: Kernel,
+    activation: Activation,
+    pool: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Kernel {
+    /// 3x3 at stride 1 over whole vectors of channels.
+    Three(Conv3x3),
+    Any(Conv),
 }
 
 impl Layer {
@@ -27,48 +32,80 @@ impl Layer {
             tensors.get(&name).cloned().ok_or_else(|| Error::TensorMissing { name, layout: "structvpr local features" })
         };
         let (weight, bias) = (get("weight")?, get("bias")?);
-        let (outputs, inputs, k, _) = weight.dims4()?;
-        Ok(match (k, stride) {
-            (1, 1) => Self::Point { weight: weight.reshape((outputs, inputs))?, bias, activation },
-            (3, 1) => Self::Three { conv: Conv3x3::new(&weight, &bias)?, activation, pool },
-            _ => Self::Other { weight, bias, activation, stride },
-        })
+        let (_, inputs, k, _) = weight.dims4()?;
+        let conv = match (k, stride) {
+            (3, 1) if Conv3x3::suits(inputs) => Kernel::Three(Conv3x3::new(&weight, &bias)?),
+            _ => Kernel::Any(Conv::new(&weight, &bias, stride)?),
+        };
+        Ok(Self { conv, activation, pool })
+    }
+
+    /// This after `NAME`, a 3x3 over one plane with ReLU, in one pass; `None` where there is no kernel for that.
+    ///
+    /// Errors: a tensor is missing or of another shape.
+    pub fn after(&self, tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<Option<Self>> {
+        let get = |kind: &str| {
+            let name = format!("{name}.{kind}");
+            tensors.get(&name).cloned().ok_or_else(|| Error::TensorMissing { name, layout: "structvpr local features" })
+        };
+        match &self.conv {
+            Kernel::Three(conv) => Ok(Some(Self { conv: Kernel::Three(conv.after(&get("weight")?, &get("bias")?)?), ..self.clone() })),
+            Kernel::Any(_) => Ok(None),
+        }
     }
 
     /// 1 x I x H x W to 1 x O x H' x W'.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Point { weight, bias, activation } => {
-                let (_, inputs, h, w) = x.dims4()?;
-                let y = weight.matmul(&x.reshape((inputs, h * w))?)?;
-                bias_act(&y.reshape((1, weight.dim(0)?, h, w))?, bias, *activation)?
+        match &self.conv {
+            Kernel::Three(conv) => conv.forward(x, self.activation, self.pool),
+            Kernel::Any(conv) => {
+                let y = conv.forward(x, self.activation)?;
+                if self.pool {
+                    max_pool2(&y)
+                } else {
+                    Ok(y)
+                }
             }
-            Self::Three { conv, activation, pool } => conv.forward(x, *activation, *pool)?,
-            Self::Other { weight, bias, activation, stride } => {
-                bias_act(&x.conv2d(weight, weight.dim(2)? / 2, *stride, 1, 1)?.contiguous()?, bias, *activation)?
-            }
-        })
+        }
     }
+}
+
+/// The values of a map, pixel by pixel, and its N, C, H, W.
+fn pixels(x: &Tensor) -> Result<(Vec<f32>, [usize; 4])> {
+    let (n, c, h, w) = x.dims4()?;
+    Ok((x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1::<f32>()?, [n, c, h, w]))
 }
 
 /// The largest of each 2x2, as PyTorch's `MaxPool2d(2)`: an odd last row or column is dropped.
 pub(super) fn max_pool2(x: &Tensor) -> Result<Tensor> {
-    let (n, c, height, width) = x.dims4()?;
+    let (data, [n, c, height, width]) = pixels(x)?;
     let (h, w) = (height / 2, width / 2);
-    let data = x.flatten_all()?.to_vec1::<f32>()?;
-    let mut out = vec![0f32; n * c * h * w];
+    let mut out = vec![0f32; n * h * w * c];
     if !out.is_empty() {
-        out.par_chunks_mut(h * w).zip(data.par_chunks(height * width)).for_each(|(out, plane)| {
-            for (out, rows) in out.chunks_exact_mut(w).zip(plane.chunks_exact(2 * width)) {
-                let (a, b) = rows.split_at(width);
-                for ((out, a), b) in out.iter_mut().zip(a.chunks_exact(2)).zip(b.chunks_exact(2)) {
+        out.par_chunks_mut(w * c).enumerate().for_each(|(row, out)| {
+            let top = (row / h * height + row % h * 2) * width * c;
+            let (a, b) = (&data[top..][..width * c], &data[top + width * c..][..width * c]);
+            for ((out, a), b) in out.chunks_exact_mut(c).zip(a.chunks_exact(2 * c)).zip(b.chunks_exact(2 * c)) {
+                let ((a0, a1), (b0, b1)) = (a.split_at(c), b.split_at(c));
+                for (at, out) in out.iter_mut().enumerate() {
                     // NaN stays, so that a broken input is seen downstream.
-                    *out = [a[1], b[0], b[1]].into_iter().fold(a[0], |m, v| if v > m || v.is_nan() { v } else { m });
+                    *out = [a1[at], b0[at], b1[at]].into_iter().fold(a0[at], |m, v| if v > m || v.is_nan() { v } else { m });
                 }
             }
         });
     }
-    Ok(Tensor::from_vec(out, (n, c, h, w), x.device())?)
+    Ok(Tensor::from_vec(out, (n, h, w, c), x.device())?.permute((0, 3, 1, 2))?)
+}
+
+/// The channels of both, one after the other.
+pub(super) fn join_channels(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((left, [n, ca, h, w]), (right, [_, cb, ..])) = (pixels(a)?, pixels(b)?);
+    let mut out = Vec::with_capacity(left.len() + right.len());
+    for (a, b) in left.chunks_exact(ca.max(1)).zip(right.chunks_exact(cb.max(1))) {
+        out.extend_from_slice(a);
+        out.extend_from_slice(b);
+    }
+    Ok(Tensor::from_vec(out, (n, h, w, ca + cb), a.device())?.permute((0, 3, 1, 2))?)
 }
 
 /// `x W^T + b` of rows.

@@ -5,7 +5,7 @@
 //! Magic Leap's own weights are for non-commercial use; we ship none.
 
 use super::kernels::Activation;
-use super::layers::{max_pool2, Layer};
+use super::layers::{join_channels, max_pool2, Layer};
 use crate::error::Result;
 use candle_core::{Tensor, D};
 use std::collections::BTreeMap;
@@ -92,6 +92,8 @@ pub struct Dense {
 #[derive(Debug)]
 pub struct SuperPoint {
     encoder: Encoder,
+    /// The encoder's first two layers in one pass.
+    stem: Option<Layer>,
     detector: [Layer; 2],
     /// `None`: a detector alone (MagicPoint).
     descriptor: Option<[Layer; 2]>,
@@ -101,14 +103,17 @@ impl SuperPoint {
     /// The VGG network from folded tensors by the original names; without the descriptor's, a detector.
     pub fn vgg(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
         let layers = VGG.iter().map(|(name, _, _, pool)| Layer::new(tensors, name, Activation::Relu, 1, *pool));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let stem = layers[1].after(tensors, VGG[0].0)?;
         let descriptor = tensors.contains_key("convDa.weight").then(|| head(tensors, "convDa", "convDb")).transpose()?;
-        Ok(Self { encoder: Encoder::Vgg(layers.collect::<Result<_>>()?), detector: head(tensors, "convPa", "convPb")?, descriptor })
+        Ok(Self { encoder: Encoder::Vgg(layers), stem, detector: head(tensors, "convPa", "convPb")?, descriptor })
     }
 
     /// The squeeze network.
     pub fn squeeze(tensors: &BTreeMap<String, Tensor>) -> Result<Self> {
         let layer = |name: &str, pool| Layer::new(tensors, name, Activation::Relu, 1, pool);
         let stem = vec![layer("conv1a", false)?, layer("conv1b", true)?];
+        let both = stem[1].after(tensors, "conv1a")?;
         let fire = |(at, (_, _, _, pool)): (usize, &(usize, usize, usize, bool))| {
             Ok(Fire {
                 squeeze: layer(&format!("fire{at}.squeeze"), false)?,
@@ -120,6 +125,7 @@ impl SuperPoint {
         let fires = FIRE.iter().enumerate().map(fire).collect::<Result<_>>()?;
         Ok(Self {
             encoder: Encoder::Squeeze { stem, fires },
+            stem: both,
             detector: head(tensors, "convPa", "convPb")?,
             descriptor: Some(head(tensors, "convDa", "convDb")?),
         })
@@ -128,22 +134,35 @@ impl SuperPoint {
     /// The encoder's outputs in order, the last is what both heads read. `x`: 1 x 1 x H x W, luma 0 to 1, H and W
     /// multiples of 8.
     pub fn encode(&self, x: &Tensor) -> Result<Vec<Tensor>> {
+        self.encode_from(x.clone(), 0)
+    }
+
+    /// What both heads read.
+    fn encode_last(&self, x: &Tensor) -> Result<Tensor> {
+        let (start, from) = match &self.stem {
+            Some(stem) => (stem.forward(x)?, 2),
+            None => (x.clone(), 0),
+        };
+        Ok(self.encode_from(start, from)?.pop().unwrap_or_else(|| x.clone()))
+    }
+
+    /// From layer `from` on, whose input `x` is.
+    fn encode_from(&self, mut x: Tensor, from: usize) -> Result<Vec<Tensor>> {
         let mut all = Vec::new();
-        let mut x = x.clone();
         match &self.encoder {
             Encoder::Vgg(layers) => {
-                for layer in layers {
+                for layer in &layers[from..] {
                     x = layer.forward(&x)?;
                     all.push(x.clone());
                 }
             }
             Encoder::Squeeze { stem, fires } => {
-                for layer in stem {
+                for layer in &stem[from..] {
                     x = layer.forward(&x)?;
                 }
                 for fire in fires {
                     let squeezed = fire.squeeze.forward(&x)?;
-                    x = Tensor::cat(&[fire.expand1.forward(&squeezed)?, fire.expand3.forward(&squeezed)?], 1)?;
+                    x = join_channels(&fire.expand1.forward(&squeezed)?, &fire.expand3.forward(&squeezed)?)?;
                     if fire.pool {
                         x = max_pool2(&x)?;
                     }
@@ -166,7 +185,7 @@ impl SuperPoint {
 
     /// Logits and unit descriptors of every cell; zero descriptors where the network has none.
     pub fn dense(&self, x: &Tensor) -> Result<Dense> {
-        let encoded = self.encode(x)?.pop().unwrap_or_else(|| x.clone());
+        let encoded = self.encode_last(x)?;
         let logits = self.detect(&encoded)?;
         let descriptors = match &self.descriptor {
             Some([a, b]) => unit_columns(&b.forward(&a.forward(&encoded)?)?.squeeze(0)?)?,
@@ -180,10 +199,15 @@ fn head(tensors: &BTreeMap<String, Tensor>, first: &str, last: &str) -> Result<[
     Ok([Layer::new(tensors, first, Activation::Relu, 1, false)?, Layer::new(tensors, last, Activation::None, 1, false)?])
 }
 
-/// C x H x W with the C values of each cell at unit length.
+/// C x H x W with the C values of each cell at unit length, channels last in memory.
 pub(super) fn unit_columns(x: &Tensor) -> Result<Tensor> {
-    let norm = x.sqr()?.sum_keepdim(0)?.sqrt()?;
-    Ok(x.broadcast_div(&norm.maximum(1e-12)?)?)
+    let (c, h, w) = x.dims3()?;
+    let mut cells = x.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
+    for cell in cells.chunks_exact_mut(c.max(1)) {
+        let norm = cell.iter().map(|v| v * v).sum::<f32>().sqrt().max(1e-12);
+        cell.iter_mut().for_each(|v| *v /= norm);
+    }
+    Ok(Tensor::from_vec(cells, (h, w, c), x.device())?.permute((2, 0, 1))?)
 }
 
 /// Mean over the last two axes.

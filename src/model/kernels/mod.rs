@@ -5,6 +5,7 @@
 
 mod bias_act;
 mod depthwise;
+mod direct;
 mod plan;
 mod pointwise;
 mod rows;
@@ -13,6 +14,7 @@ mod winograd;
 
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
+pub use direct::Conv;
 pub use plan::{Plan, PlanBlock};
 pub use winograd::Conv3x3;
 
@@ -92,4 +94,9 @@ pub(crate) fn contiguous<'a>(
         Some((start, end)) => Ok(&data[start..end]),
         None => candle_core::bail!("{op}: argument must be contiguous"),
     }
+}
+
+/// N x C x H x W as contiguous N x H x W x C; no copy where it lies so already.
+fn channels_last(x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
+    x.permute((0, 2, 3, 1))?.contiguous()
 }

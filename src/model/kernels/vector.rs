@@ -14,6 +14,8 @@ pub(super) trait Vector: Copy {
     unsafe fn add(self, other: Self) -> Self;
     /// `self * a + b`.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// The larger of the two; NaN where either is.
+    unsafe fn largest(self, other: Self) -> Self;
     /// `self`, at least `low`; NaN stays.
     unsafe fn at_least(self, low: Self) -> Self;
     /// `self`, at most `high`; NaN stays.
@@ -25,8 +27,21 @@ mod x86 {
     use super::Vector;
     use std::arch::x86_64::*;
 
+    /// `of`, but `a` where `a` is NaN.
+    #[inline(always)]
+    unsafe fn keep512(a: __m512, of: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_mask_mov_ps(of, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a), a) }
+    }
+
+    #[inline(always)]
+    unsafe fn keep256(a: __m256, of: __m256) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_blendv_ps(of, a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a)) }
+    }
+
     macro_rules! vector {
-        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident, $max:ident, $min:ident) => {
+        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident, $max:ident, $min:ident, $keep:ident) => {
             impl Vector for $type {
                 const LANES: usize = $lanes;
                 #[inline(always)]
@@ -54,6 +69,11 @@ mod x86 {
                     // SAFETY: the trait's contract.
                     unsafe { $fma(self, a, b) }
                 }
+                #[inline(always)]
+                unsafe fn largest(self, other: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    unsafe { $keep(self, $max(self, other)) }
+                }
                 // The instructions give their second operand where either is NaN.
                 #[inline(always)]
                 unsafe fn at_least(self, low: Self) -> Self {
@@ -68,8 +88,30 @@ mod x86 {
             }
         };
     }
-    vector!(__m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps, _mm512_max_ps, _mm512_min_ps);
-    vector!(__m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps, _mm256_max_ps, _mm256_min_ps);
+    vector!(
+        __m512,
+        16,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps,
+        _mm512_min_ps,
+        keep512
+    );
+    vector!(
+        __m256,
+        8,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_fmadd_ps,
+        _mm256_max_ps,
+        _mm256_min_ps,
+        keep256
+    );
 }
 
 /// Four values in a form that every compiler vectorises: SSE2, NEON.
@@ -96,6 +138,10 @@ impl Vector for [f32; 4] {
     #[inline(always)]
     unsafe fn fma(self, a: Self, b: Self) -> Self {
         std::array::from_fn(|l| crate::simd::fma::<{ cfg!(target_arch = "aarch64") }>(self[l], a[l], b[l]))
+    }
+    #[inline(always)]
+    unsafe fn largest(self, other: Self) -> Self {
+        std::array::from_fn(|l| if self[l] > other[l] || self[l].is_nan() { self[l] } else { other[l] })
     }
     #[inline(always)]
     unsafe fn at_least(self, low: Self) -> Self {

@@ -1,211 +1,104 @@
-//! 3x3 convolution at stride 1 and padding 1 with bias, ReLU and 2x2 maximum, NCHW, by Winograd's F(4x4, 3x3)
+//! 3x3 convolution at stride 1 and padding 1 with bias, ReLU and 2x2 maximum, by Winograd's F(4x4, 3x3)
 //! (Lavin and Gray, CVPR 2016): a quarter of the multiplications of the definition. Inference only.
 //!
-//! A task takes a few rows of 4x4 tiles. Their 6x6 neighbourhoods are transformed to 36 planes, in each of which the
-//! convolution is a matrix product over channels; the products of eight output channels at a time are transformed
-//! back while they are in the cache.
+//! Channels lie side by side. A row of 4x4 tiles is worked on in runs: their 6x6 neighbourhoods are transformed to 36
+//! planes, in each of which the convolution is a matrix product over channels; the products of a group of output
+//! channels are transformed back while they are in the cache.
 
-use super::{contiguous, dispatch, fma, Activation, Isa};
+use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
+use super::vector::Vector;
+use super::{channels_last, contiguous, Activation, Isa};
 use crate::error::{Error, Result};
+use crate::simd::zeroed;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Tiles per vector.
-const LANES: usize = 16;
-/// Output channels of one micro-kernel.
-const BLOCK: usize = 8;
 /// Transformed values of a tile.
 const PLANES: usize = 36;
-/// Tiles of a task at most: their transformed input stays in the second-level cache.
-const TILES: usize = 96;
+/// Tiles of a run at most: whole tiles of the matrix product's kernels, and few enough for the second-level cache.
+const RUN: usize = 24;
+/// Units of output channels that are transformed back together.
+const GROUP: usize = 4;
 
 /// Weights, transformed once.
 #[derive(Clone, Debug)]
 pub struct Conv3x3 {
-    packed: Arc<Packed>,
+    packed: Arc<Transformed>,
+    /// A 3x3 over one plane with ReLU, whose output is this convolution's input and is never whole in memory.
+    before: Option<Arc<Packed>>,
 }
 
 #[derive(Debug)]
-struct Packed {
-    /// Block of output channels, plane, input channel, output channel of the block.
-    weights: Vec<f32>,
+struct Transformed {
+    /// Of each group of output channels, 36 planes.
+    groups: Vec<Vec<Packed>>,
+    /// Padded to whole units.
     bias: Vec<f32>,
     inputs: usize,
     outputs: usize,
+    isa: Isa,
 }
 
 impl Conv3x3 {
-    /// From `weight`, O x I x 3 x 3, and `bias`, O.
+    /// Whether this is the kernel for so many input channels: they are whole vectors.
+    pub fn suits(inputs: usize) -> bool {
+        inputs > 0 && inputs.is_multiple_of(UNIT)
+    }
+
+    /// From `weight`, O x I x 3 x 3, and `bias`, O; I a multiple of 16.
     ///
     /// Errors: other shapes.
     pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        Self::on(weight, bias, Isa::detect())
+    }
+
+    fn on(weight: &Tensor, bias: &Tensor, isa: Isa) -> Result<Self> {
         let (outputs, inputs, h, w) = weight.dims4()?;
-        let (flat, bias) = (weight.flatten_all()?.to_vec1::<f32>()?, bias.flatten_all()?.to_vec1::<f32>()?);
-        if (h, w) != (3, 3) || bias.len() != outputs || inputs == 0 || outputs == 0 {
+        let (flat, mut bias) = (weight.flatten_all()?.to_vec1::<f32>()?, bias.flatten_all()?.to_vec1::<f32>()?);
+        if (h, w) != (3, 3) || bias.len() != outputs || !Self::suits(inputs) || outputs == 0 {
             return Err(Error::weights(format!("a 3x3 convolution of weights {:?} and {} biases", weight.dims(), bias.len())));
         }
-        let mut weights = vec![0f32; outputs.div_ceil(BLOCK) * PLANES * inputs * BLOCK];
+        let mut planes = vec![vec![0f32; outputs * inputs]; PLANES];
         for (at, kernel) in flat.chunks_exact(9).enumerate() {
-            let (o, i) = (at / inputs, at % inputs);
-            for (plane, value) in transform_kernel(kernel).into_iter().enumerate() {
-                weights[((o / BLOCK * PLANES + plane) * inputs + i) * BLOCK + o % BLOCK] = value;
+            for (plane, value) in planes.iter_mut().zip(transform_kernel(kernel)) {
+                plane[at] = value;
             }
         }
-        Ok(Self { packed: Arc::new(Packed { weights, bias, inputs, outputs }) })
+        let group = |first: usize| -> Vec<Packed> {
+            let of = first..(first + GROUP * UNIT).min(outputs);
+            let none = vec![0f32; of.len()];
+            planes.iter().map(|p| Packed::new(&p[of.start * inputs..of.end * inputs], &none, inputs, isa)).collect()
+        };
+        let groups = (0..outputs).step_by(GROUP * UNIT).map(group).collect();
+        bias.resize(outputs.next_multiple_of(UNIT), 0.0);
+        Ok(Self { packed: Arc::new(Transformed { groups, bias, inputs, outputs, isa }), before: None })
+    }
+
+    /// This after `relu(conv(x) + bias)` of `weight`, I x 1 x 3 x 3, and `bias`, I: x then has one channel. The map between
+    /// the two, the largest of a network on whole images, is made tile by tile.
+    ///
+    /// Errors: other shapes.
+    pub fn after(&self, weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        let bias = bias.flatten_all()?.to_vec1::<f32>()?;
+        if weight.dims() != [self.packed.inputs, 1, 3, 3] || bias.len() != self.packed.inputs {
+            return Err(Error::weights(format!("a first convolution of weights {:?} and {} biases", weight.dims(), bias.len())));
+        }
+        let packed = Packed::new(&weight.flatten_all()?.to_vec1::<f32>()?, &bias, 9, self.packed.isa);
+        Ok(Self { packed: self.packed.clone(), before: Some(Arc::new(packed)) })
     }
 
     /// `activation(conv(x) + bias)`, and of that the largest of each 2x2 with `pool` (an odd last row or column is
     /// dropped, as in PyTorch).
     ///
-    /// `x`: N x I x H x W contiguous f32. Returns N x O x H x W, halved with `pool`.
+    /// `x`: N x I x H x W f32. Returns N x O x H x W, halved with `pool`, channels last in memory.
     pub fn forward(&self, x: &Tensor, activation: Activation, pool: bool) -> Result<Tensor> {
-        self.forward_on(x, activation, pool, Isa::detect())
-    }
-
-    fn forward_on(&self, x: &Tensor, activation: Activation, pool: bool, isa: Isa) -> Result<Tensor> {
-        Ok(x.contiguous()?.apply_op1_no_bwd(&Op { packed: self.packed.clone(), activation, pool, isa })?)
+        let y = channels_last(x)?.apply_op1_no_bwd(&Op { packed: self.packed.clone(), before: self.before.clone(), activation, pool })?;
+        Ok(y.permute((0, 3, 1, 2))?)
     }
 }
 
-struct Op {
-    packed: Arc<Packed>,
-    activation: Activation,
-    pool: bool,
-    isa: Isa,
-}
-
-impl CustomOp1 for Op {
-    fn name(&self) -> &'static str {
-        "conv3x3"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (n, inputs, height, width) = layout.shape().dims4()?;
-        if inputs != self.packed.inputs {
-            candle_core::bail!("conv3x3: {inputs} input channels, the weights have {}", self.packed.inputs);
-        }
-        let x = contiguous(self.name(), storage, layout)?;
-        let scale = if self.pool { 2 } else { 1 };
-        let (h, w) = (height / scale, width / scale);
-        let mut out = vec![0f32; n * self.packed.outputs * h * w];
-        if !out.is_empty() {
-            for (x, out) in x.chunks_exact(inputs * height * width).zip(out.chunks_exact_mut(self.packed.outputs * h * w)) {
-                self.image(Planes { x, height, width }, out);
-            }
-        }
-        Ok((CpuStorage::F32(out), Shape::from((n, self.packed.outputs, h, w))))
-    }
-}
-
-/// One image, channel by channel.
-#[derive(Clone, Copy)]
-struct Planes<'a> {
-    x: &'a [f32],
-    height: usize,
-    width: usize,
-}
-
-/// A rectangle of tiles.
-#[derive(Clone, Copy)]
-struct Tiles {
-    /// First row and column, in tiles.
-    row: usize,
-    column: usize,
-    rows: usize,
-    columns: usize,
-}
-
-impl Tiles {
-    fn count(&self) -> usize {
-        self.rows * self.columns
-    }
-}
-
-/// What a thread needs beside its input and output.
-#[derive(Default)]
-struct Scratch {
-    /// Plane, input channel, tile.
-    input: Vec<f32>,
-    /// Plane, output channel of the block, tile.
-    product: Vec<f32>,
-    /// Six rows of the image with their border, and those after the transform along columns.
-    rows: Vec<f32>,
-    mixed: Vec<f32>,
-    /// Four rows of output for all tiles of the task, one after the other.
-    output: Vec<f32>,
-}
-
-impl Op {
-    fn image(&self, image: Planes, out: &mut [f32]) {
-        let (tile_rows, tile_columns) = (image.height.div_ceil(4), image.width.div_ceil(4));
-        let rows = rows_per_task(tile_rows, tile_columns);
-        let scale = if self.pool { 2 } else { 1 };
-        let (h, w) = (image.height / scale, image.width / scale);
-        // Each task owns the same rows of every output channel.
-        let mut tasks: Vec<Vec<&mut [f32]>> = (0..tile_rows.div_ceil(rows)).map(|_| Vec::with_capacity(self.packed.outputs)).collect();
-        for plane in out.chunks_exact_mut(h * w) {
-            for (task, part) in tasks.iter_mut().zip(plane.chunks_mut(4 / scale * rows * w)) {
-                task.push(part);
-            }
-        }
-        tasks.into_par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, mut out)| {
-            // The last task has no output where pooling dropped its only row.
-            if out.len() < self.packed.outputs {
-                return;
-            }
-            let row = task * rows;
-            let rows = rows.min(tile_rows - row);
-            let step = if rows > 1 { tile_columns } else { TILES - LANES };
-            for column in (0..tile_columns).step_by(step) {
-                let tiles = Tiles { row, column, rows, columns: step.min(tile_columns - column) };
-                self.tiles(image, tiles, scratch, &mut out);
-            }
-        });
-    }
-
-    fn tiles(&self, image: Planes, tiles: Tiles, scratch: &mut Scratch, out: &mut [&mut [f32]]) {
-        let (isa, packed) = (self.isa, &*self.packed);
-        let padded = tiles.count().div_ceil(LANES) * LANES;
-        scratch.input.resize(PLANES * packed.inputs * padded, 0.0);
-        scratch.product.resize(PLANES * BLOCK * padded, 0.0);
-        scratch.output.resize(4 * 4 * padded, 0.0);
-        let inputs = packed.inputs;
-        dispatch!(isa, transform_input(image: Planes, tiles: Tiles, inputs: usize, scratch: &mut Scratch));
-        let per_plane = packed.inputs * BLOCK;
-        for (block, weights) in packed.weights.chunks_exact(PLANES * per_plane).enumerate() {
-            for (plane, weights) in weights.chunks_exact(per_plane).enumerate() {
-                let input = &scratch.input[plane * packed.inputs * padded..][..packed.inputs * padded];
-                let product = &mut scratch.product[plane * BLOCK * padded..][..BLOCK * padded];
-                matrix_product(isa, weights, input, product, padded);
-            }
-            for k in 0..BLOCK.min(packed.outputs - block * BLOCK) {
-                let channel = block * BLOCK + k;
-                let (product, bias, activation) = (&scratch.product[k * padded..], packed.bias[channel], self.activation);
-                let output = &mut scratch.output[..];
-                dispatch!(isa, transform_output(product: &[f32], padded: usize, bias: f32, activation: Activation, output: &mut [f32]));
-                if self.pool {
-                    store_pooled(&scratch.output, padded, tiles, image.width / 2, out[channel]);
-                } else {
-                    store(&scratch.output, padded, tiles, image.width, out[channel]);
-                }
-            }
-        }
-    }
-}
-
-/// Rows of tiles per task, so that few lanes stay empty.
-fn rows_per_task(tile_rows: usize, tile_columns: usize) -> usize {
-    let waste = |rows: usize| {
-        let tiles = rows * tile_columns;
-        (tiles.div_ceil(LANES) * LANES) as f64 / tiles as f64
-    };
-    let fits = (1..=tile_rows).take_while(|rows| *rows == 1 || rows * tile_columns <= TILES);
-    // The fewest of equals: more tasks to share.
-    fits.reduce(|best, rows| if waste(rows) < waste(best) - 1e-9 { rows } else { best }).unwrap_or(1)
-}
-
-/// `G g G^T` for the interpolation points 0, 1, -1, 2, -2 and infinity.
+/// `G g G^T` of a kernel, in f64.
 fn transform_kernel(kernel: &[f32]) -> [f32; PLANES] {
     const G: [[f64; 3]; 6] = [
         [1.0 / 4.0, 0.0, 0.0],
@@ -215,256 +108,353 @@ fn transform_kernel(kernel: &[f32]) -> [f32; PLANES] {
         [1.0 / 24.0, -1.0 / 12.0, 1.0 / 6.0],
         [0.0, 0.0, 1.0],
     ];
-    std::array::from_fn(|plane| {
-        let (row, column) = (G[plane / 6], G[plane % 6]);
-        let terms = (0..9).map(|i| row[i / 3] * column[i % 3] * f64::from(kernel[i]));
-        terms.sum::<f64>() as f32
-    })
+    let half = G.map(|g| [0, 1, 2].map(|c| (0..3).map(|r| g[r] * f64::from(kernel[3 * r + c])).sum::<f64>()));
+    std::array::from_fn(|p| (0..3).map(|c| half[p / 6][c] * G[p % 6][c]).sum::<f64>() as f32)
 }
 
-/// `B^T d` along one axis.
-#[inline(always)]
-fn input_transform<const FUSED: bool>(d: [f32; 6]) -> [f32; 6] {
-    let [a, b, c, d, e, f] = d;
-    let (p, q, r, s) = (fma::<FUSED>(-4.0, c, e), fma::<FUSED>(-4.0, b, d), e - c, 2.0 * (d - b));
-    [fma::<FUSED>(4.0, a, fma::<FUSED>(-5.0, c, e)), p + q, p - q, r + s, r - s, fma::<FUSED>(4.0, b, fma::<FUSED>(-5.0, d, f))]
+struct Op {
+    packed: Arc<Transformed>,
+    before: Option<Arc<Packed>>,
+    activation: Activation,
+    pool: bool,
 }
 
-/// `A^T m` along one axis.
-#[inline(always)]
-fn output_transform<const FUSED: bool>(m: [f32; 6]) -> [f32; 4] {
-    let [a, b, c, d, e, f] = m;
-    let (p, q, r, s) = (b + c, b - c, d + e, d - e);
-    [a + p + r, fma::<FUSED>(2.0, s, q), fma::<FUSED>(4.0, r, p), fma::<FUSED>(8.0, s, q) + f]
-}
+impl CustomOp1 for Op {
+    fn name(&self) -> &'static str {
+        "conv3x3"
+    }
 
-/// Six equal parts.
-#[inline(always)]
-fn six(all: &[f32], each: usize) -> [&[f32]; 6] {
-    let mut parts = all.chunks_exact(each);
-    std::array::from_fn(|_| parts.next().unwrap_or(&[]))
-}
-
-/// `B^T d B` of every tile and input channel.
-#[inline(always)]
-fn transform_input<const FUSED: bool>(image: Planes, tiles: Tiles, inputs: usize, scratch: &mut Scratch) {
-    let padded = tiles.count().div_ceil(LANES) * LANES;
-    let wide = 4 * tiles.columns + 2;
-    scratch.rows.resize(6 * wide, 0.0);
-    scratch.mixed.resize(6 * wide, 0.0);
-    for channel in 0..inputs {
-        let plane = &image.x[channel * image.height * image.width..][..image.height * image.width];
-        for row in 0..tiles.rows {
-            for (k, out) in scratch.rows.chunks_exact_mut(wide).enumerate() {
-                // One row and one column of zeros lie around the image.
-                let y = (4 * (tiles.row + row) + k).checked_sub(1).filter(|y| *y < image.height);
-                let Some(y) = y else {
-                    out.fill(0.0);
-                    continue;
-                };
-                let first = 4 * tiles.column;
-                let lead = usize::from(first == 0);
-                let from = first + lead - 1;
-                let n = (wide - lead).min(image.width.saturating_sub(from));
-                out[..lead].fill(0.0);
-                out[lead..lead + n].copy_from_slice(&plane[y * image.width + from..][..n]);
-                out[lead + n..].fill(0.0);
-            }
-            let [a, b, c, d, e, f] = six(&scratch.rows, wide);
-            for x in 0..wide {
-                let mixed = input_transform::<FUSED>([a[x], b[x], c[x], d[x], e[x], f[x]]);
-                for (k, v) in mixed.into_iter().enumerate() {
-                    scratch.mixed[k * wide + x] = v;
-                }
-            }
-            for (k, mixed) in scratch.mixed.chunks_exact(wide).enumerate() {
-                let mut at = 0;
-                while at < tiles.columns {
-                    let n = LANES.min(tiles.columns - at);
-                    let mut out = [[0f32; LANES]; 6];
-                    if let (true, Ok(d)) = (n == LANES, <&[f32; 4 * LANES + 2]>::try_from(&mixed[4 * at..][..(4 * n + 2)])) {
-                        for l in 0..LANES {
-                            let d = [d[4 * l], d[4 * l + 1], d[4 * l + 2], d[4 * l + 3], d[4 * l + 4], d[4 * l + 5]];
-                            let values = input_transform::<FUSED>(d);
-                            for j in 0..6 {
-                                out[j][l] = values[j];
-                            }
-                        }
-                    } else {
-                        for l in 0..n {
-                            let d = &mixed[4 * (at + l)..][..6];
-                            let values = input_transform::<FUSED>([d[0], d[1], d[2], d[3], d[4], d[5]]);
-                            for j in 0..6 {
-                                out[j][l] = values[j];
-                            }
-                        }
+    /// N x H x W x I to N x H x W x O.
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (n, height, width, inputs) = layout.shape().dims4()?;
+        let wanted = if self.before.is_some() { 1 } else { self.packed.inputs };
+        if inputs != wanted {
+            candle_core::bail!("conv3x3: {inputs} input channels, the weights have {wanted}");
+        }
+        let x = contiguous(self.name(), storage, layout)?;
+        let scale = if self.pool { 2 } else { 1 };
+        let (h, w, outputs) = (height / scale, width / scale, self.packed.outputs);
+        let mut out = zeroed(n * h * w * outputs);
+        if !out.is_empty() {
+            for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
+                let image = Image { x, height, width, channels: inputs, window: Window { y: 0, x: 0, pitch: width } };
+                out.par_chunks_mut(4 / scale * w * outputs).enumerate().for_each_init(Scratch::default, |scratch, (row, out)| {
+                    scratch.fit(self);
+                    match self.packed.isa {
+                        // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx512 => unsafe { tile_row_avx512(self, image, row, scratch, out) },
+                        // SAFETY: as above.
+                        #[cfg(target_arch = "x86_64")]
+                        Isa::Avx2 => unsafe { tile_row_avx2(self, image, row, scratch, out) },
+                        // SAFETY: plain arrays need no instruction set.
+                        _ => unsafe { tile_row::<[f32; 4]>(self, image, row, scratch, out) },
                     }
-                    for (j, values) in out.iter().enumerate() {
-                        let to = &mut scratch.input[((6 * k + j) * inputs + channel) * padded + row * tiles.columns + at..];
-                        match to.first_chunk_mut::<LANES>() {
-                            Some(to) if n == LANES => *to = *values,
-                            _ => to[..n].copy_from_slice(&values[..n]),
-                        }
-                    }
-                    at += n;
-                }
+                });
             }
         }
+        Ok((CpuStorage::F32(out), Shape::from((n, h, w, outputs))))
     }
 }
 
-/// `A^T m A + bias` of every tile for one output channel, as four rows that run through all tiles.
-#[inline(always)]
-fn transform_output<const FUSED: bool>(product: &[f32], padded: usize, bias: f32, activation: Activation, output: &mut [f32]) {
-    for at in (0..padded).step_by(LANES) {
-        let mut columns = [[[0f32; LANES]; 6]; 4];
-        for c in 0..6 {
-            let m: [&[f32]; 6] = std::array::from_fn(|r| &product[(6 * r + c) * BLOCK * padded + at..][..LANES]);
-            for l in 0..LANES {
-                let values = output_transform::<FUSED>([m[0][l], m[1][l], m[2][l], m[3][l], m[4][l], m[5][l]]);
-                for y in 0..4 {
-                    columns[y][c][l] = values[y];
-                }
-            }
-        }
-        for (y, m) in columns.iter().enumerate() {
-            let out = &mut output[4 * (y * padded + at)..][..4 * LANES];
-            for l in 0..LANES {
-                let values = output_transform::<FUSED>([m[0][l], m[1][l], m[2][l], m[3][l], m[4][l], m[5][l]]);
-                for j in 0..4 {
-                    out[4 * l + j] = activation.apply(values[j] + bias);
-                }
-            }
-        }
+/// One image, channels side by side, or a window of it.
+#[derive(Clone, Copy)]
+struct Image<'a> {
+    x: &'a [f32],
+    /// Of the whole.
+    height: usize,
+    width: usize,
+    channels: usize,
+    window: Window,
+}
+
+/// The pixel that is first in memory, and how many lie between two rows.
+#[derive(Clone, Copy)]
+struct Window {
+    y: usize,
+    x: usize,
+    pitch: usize,
+}
+
+impl<'a> Image<'a> {
+    /// From pixel (y, x) on, which is inside.
+    #[inline(always)]
+    fn at(&self, y: usize, x: usize) -> &'a [f32] {
+        &self.x[((y - self.window.y) * self.window.pitch + x - self.window.x) * self.channels..]
     }
 }
 
-/// Copies the four rows of each row of tiles to one output channel's rows of this task.
-fn store(rows: &[f32], padded: usize, tiles: Tiles, width: usize, out: &mut [f32]) {
-    let first = 4 * tiles.column;
-    let n = (4 * tiles.columns).min(width - first);
-    for (y, out) in out.chunks_exact_mut(width).take(4 * tiles.rows).enumerate() {
-        out[first..first + n].copy_from_slice(&rows[4 * (y % 4 * padded + y / 4 * tiles.columns)..][..n]);
-    }
+/// What a thread needs beside its input and output.
+#[derive(Default)]
+struct Scratch {
+    /// Plane, tile, input channel.
+    input: Vec<f32>,
+    /// Plane, tile, output channel of the group.
+    product: Vec<f32>,
+    zeros: Vec<f32>,
+    /// What the convolution before gives for a run, and its patches.
+    window: Vec<f32>,
+    patches: Vec<f32>,
 }
 
-/// As [`store`], the largest of each 2x2.
-fn store_pooled(rows: &[f32], padded: usize, tiles: Tiles, width: usize, out: &mut [f32]) {
-    let first = 2 * tiles.column;
-    let n = (2 * tiles.columns).min(width.saturating_sub(first));
-    for (y, out) in out.chunks_exact_mut(width.max(1)).take(2 * tiles.rows).enumerate() {
-        let row = |k: usize| &rows[4 * ((2 * y + k) % 4 * padded + y / 2 * tiles.columns)..][..2 * n];
-        for ((out, a), b) in out[first..first + n].iter_mut().zip(row(0).chunks_exact(2)).zip(row(1).chunks_exact(2)) {
-            // NaN stays, so that a broken input is seen downstream.
-            *out = [a[1], b[0], b[1]].into_iter().fold(a[0], |m, v| if v > m || v.is_nan() { v } else { m });
-        }
-    }
-}
+/// Pixels of a run's input along a row.
+const ACROSS: usize = 4 * RUN + 2;
 
-/// `product = weights^T input`: `weights` is input channel x [`BLOCK`], `input` is input channel x `padded`,
-/// `product` is [`BLOCK`] x `padded`.
-fn matrix_product(isa: Isa, weights: &[f32], input: &[f32], product: &mut [f32], padded: usize) {
-    let mut at = 0;
-    while at < padded {
-        let left = (padded - at) / LANES;
-        // Three vectors by eight channels fill the registers; 2 + 2 beats 3 + 1.
-        let vectors = if left == 4 { 2 } else { left.min(3) };
-        let (input, product) = (&input[at..], &mut product[at..]);
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
-                // SAFETY: `Isa::detect` found the features on this processor.
-                unsafe {
-                    match vectors {
-                        3 => x86::avx512::<3>(weights, input, product, padded),
-                        2 => x86::avx512::<2>(weights, input, product, padded),
-                        _ => x86::avx512::<1>(weights, input, product, padded),
-                    }
-                }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                for half in 0..2 * vectors {
-                    let (input, product) = (&input[half * LANES / 2..], &mut product[half * LANES / 2..]);
-                    // SAFETY: as above.
-                    unsafe { x86::avx2(weights, input, product, padded) }
-                }
-            }
-            _ => portable(weights, input, product, padded, vectors),
+impl Scratch {
+    fn fit(&mut self, op: &Op) {
+        let inputs = op.packed.inputs;
+        if op.before.is_some() {
+            self.window.resize(6 * ACROSS * inputs, 0.0);
+            self.patches.resize(ACROSS * 9, 0.0);
         }
-        at += vectors * LANES;
-    }
-}
-
-/// The same in a form that every compiler vectorises.
-fn portable(weights: &[f32], input: &[f32], product: &mut [f32], padded: usize, vectors: usize) {
-    for k in 0..BLOCK {
-        for v in 0..vectors {
-            let mut sum = [0f32; LANES];
-            for (w, x) in weights.chunks_exact(BLOCK).zip(input.chunks(padded)) {
-                for (s, x) in sum.iter_mut().zip(&x[v * LANES..][..LANES]) {
-                    *s = fma::<{ cfg!(target_arch = "aarch64") }>(w[k], *x, *s);
-                }
-            }
-            product[k * padded + v * LANES..][..LANES].copy_from_slice(&sum);
-        }
+        self.input.resize(PLANES * RUN * inputs, 0.0);
+        self.product.resize(PLANES * RUN * GROUP * UNIT, 0.0);
+        self.zeros.resize(inputs, 0.0);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{BLOCK, LANES};
-    use std::arch::x86_64::*;
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn tile_row_avx512(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { tile_row::<std::arch::x86_64::__m512>(op, image, row, scratch, out) }
+}
 
-    /// `VECTORS` vectors of 16 tiles by [`BLOCK`] channels.
-    #[target_feature(enable = "avx512f")]
-    pub fn avx512<const VECTORS: usize>(weights: &[f32], input: &[f32], product: &mut [f32], padded: usize) {
-        let inputs = weights.len() / BLOCK;
-        assert!(
-            inputs > 0 && input.len() >= (inputs - 1) * padded + VECTORS * LANES && product.len() >= (BLOCK - 1) * padded + VECTORS * LANES
-        );
-        let mut sums = [[_mm512_setzero_ps(); VECTORS]; BLOCK];
-        for i in 0..inputs {
-            // SAFETY: the assertion above keeps `i * padded + VECTORS * LANES` within `input`, and `weights` holds
-            // `inputs * BLOCK` values.
-            unsafe {
-                let row = input.as_ptr().add(i * padded);
-                let x: [__m512; VECTORS] = std::array::from_fn(|v| _mm512_loadu_ps(row.add(v * LANES)));
-                for (k, sums) in sums.iter_mut().enumerate() {
-                    let w = _mm512_set1_ps(*weights.as_ptr().add(i * BLOCK + k));
-                    for (sum, x) in sums.iter_mut().zip(x) {
-                        *sum = _mm512_fmadd_ps(w, x, *sum);
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn tile_row_avx2(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { tile_row::<std::arch::x86_64::__m256>(op, image, row, scratch, out) }
+}
+
+/// The tiles of one row: four rows of output, two if pooled, or what there is of them.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`, for which the weights were packed; `scratch` fits.
+#[inline(always)]
+unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+    let inputs = op.packed.inputs;
+    let tiles = image.width.div_ceil(4);
+    let Scratch { input, product, zeros, window, patches } = scratch;
+    let mut first = 0;
+    while first < tiles {
+        let n = (tiles - first).min(RUN);
+        // SAFETY: the instruction set by the caller's promise.
+        unsafe {
+            let source = match &op.before {
+                Some(before) => before_run::<V>(before, image, (4 * row, 4 * first, 4 * n), patches, window),
+                None => image,
+            };
+            for t in 0..n {
+                transform_input::<V>(source, 4 * row, 4 * (first + t), inputs, zeros, t, input);
+            }
+            for (g, planes) in op.packed.groups.iter().enumerate() {
+                let channels = planes[0].outputs;
+                for (p, packed) in planes.iter().enumerate() {
+                    let x = Pixels { data: &input[p * RUN * inputs..][..RUN * inputs], stride: inputs };
+                    let to = &mut product[p * RUN * channels..][..n * channels];
+                    for at in 0..packed.panels() {
+                        panel::<V>(packed, at, n, x, None, Activation::None, to);
                     }
+                }
+                for t in 0..n {
+                    transform_output::<V>(op, image, g * GROUP * UNIT, channels, (row, first + t, t), product, out);
                 }
             }
         }
-        for (k, sums) in sums.into_iter().enumerate() {
-            for (v, sum) in sums.into_iter().enumerate() {
-                // SAFETY: the assertion above.
-                unsafe { _mm512_storeu_ps(product.as_mut_ptr().add(k * padded + v * LANES), sum) };
+        first += n;
+    }
+}
+
+/// The input of a run of tiles whose output begins at `y`, `x` and is `across` wide, from the plane before.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`, for which `packed` was packed.
+#[inline(always)]
+unsafe fn before_run<'a, V: Vector>(
+    packed: &Packed,
+    plane: Image,
+    (y, x, across): (usize, usize, usize),
+    patches: &mut [f32],
+    window: &'a mut [f32],
+) -> Image<'a> {
+    let (top, left) = (y.saturating_sub(1), x.saturating_sub(1));
+    let (bottom, right) = ((y + 5).min(plane.height), (x + across + 1).min(plane.width));
+    let (channels, pitch) = (packed.outputs, right - left);
+    for (at, sy) in (top..bottom).enumerate() {
+        for (patch, sx) in patches.chunks_exact_mut(9).zip(left..right) {
+            for (k, value) in patch.iter_mut().enumerate() {
+                let (py, px) = ((sy + k / 3).wrapping_sub(1), (sx + k % 3).wrapping_sub(1));
+                *value = if py < plane.height && px < plane.width { plane.at(py, px)[0] } else { 0.0 };
+            }
+        }
+        let pixels = Pixels { data: &patches[..9 * pitch], stride: 9 };
+        let out = &mut window[at * pitch * channels..][..pitch * channels];
+        for p in 0..packed.panels() {
+            // SAFETY: the caller's promise.
+            unsafe { panel::<V>(packed, p, pitch, pixels, None, Activation::Relu, out) }
+        }
+    }
+    Image { x: window, height: plane.height, width: plane.width, channels, window: Window { y: top, x: left, pitch } }
+}
+
+/// `a - b`.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn minus<V: Vector>(a: V, b: V) -> V {
+    // SAFETY: the caller's promise.
+    unsafe { b.fma(V::splat(-1.0), a) }
+}
+
+/// `B^T d`.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn forwards<V: Vector>(d: [V; 6]) -> [V; 6] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (four, five) = (V::splat(4.0), V::splat(-5.0));
+        let (a, b) = (d[2].fma(V::splat(-4.0), d[4]), d[1].fma(V::splat(-4.0), d[3]));
+        let (c, e) = (minus(d[4], d[2]), minus(d[3], d[1]));
+        [
+            d[0].fma(four, d[2].fma(five, d[4])),
+            a.add(b),
+            minus(a, b),
+            e.fma(V::splat(2.0), c),
+            e.fma(V::splat(-2.0), c),
+            d[1].fma(four, d[3].fma(five, d[5])),
+        ]
+    }
+}
+
+/// `A^T m`.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn backwards<V: Vector>(m: [V; 6]) -> [V; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (a, b) = (m[1].add(m[2]), minus(m[1], m[2]));
+        let (c, d) = (m[3].add(m[4]), minus(m[3], m[4]));
+        [m[0].add(a).add(c), d.fma(V::splat(2.0), b), c.fma(V::splat(4.0), a), d.fma(V::splat(8.0), b).add(m[5])]
+    }
+}
+
+/// `B^T d B` of the tile whose output begins at `y`, `x`, as tile `t` of the run.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: usize, zeros: &[f32], t: usize, out: &mut [f32]) {
+    assert!(image.channels == inputs && zeros.len() >= inputs, "conv3x3: input");
+    assert!(inputs.is_multiple_of(V::LANES) && t < RUN && out.len() >= PLANES * RUN * inputs, "conv3x3: scratch");
+    let mut pixels = [zeros.as_ptr(); PLANES];
+    for (k, p) in pixels.iter_mut().enumerate() {
+        let (sy, sx) = ((y + k / 6).wrapping_sub(1), (x + k % 6).wrapping_sub(1));
+        if sy < image.height && sx < image.width {
+            *p = image.at(sy, sx)[..inputs].as_ptr();
+        }
+    }
+    for c in (0..inputs).step_by(V::LANES) {
+        // SAFETY: each pixel has `inputs` values behind its pointer, a multiple of the lanes; the planes of tile `t` are
+        // within `out` by the assertion.
+        unsafe {
+            let mut columns = [[V::splat(0.0); 6]; 6];
+            for (j, column) in columns.iter_mut().enumerate() {
+                let mut d = [V::splat(0.0); 6];
+                for (i, d) in d.iter_mut().enumerate() {
+                    *d = V::load(pixels[6 * i + j].add(c));
+                }
+                *column = forwards(d);
+            }
+            for i in 0..6 {
+                let [a, b, c0, d, e, f] = columns;
+                for (j, v) in forwards([a[i], b[i], c0[i], d[i], e[i], f[i]]).into_iter().enumerate() {
+                    v.store(out.as_mut_ptr().add(((6 * i + j) * RUN + t) * inputs + c));
+                }
             }
         }
     }
+}
 
-    /// One vector of 8 tiles by [`BLOCK`] channels: half of the registers are left for the weights.
-    #[target_feature(enable = "avx2,fma")]
-    pub fn avx2(weights: &[f32], input: &[f32], product: &mut [f32], padded: usize) {
-        let inputs = weights.len() / BLOCK;
-        assert!(inputs > 0 && input.len() >= (inputs - 1) * padded + LANES / 2 && product.len() >= (BLOCK - 1) * padded + LANES / 2);
-        let mut sums = [_mm256_setzero_ps(); BLOCK];
-        for i in 0..inputs {
-            // SAFETY: the assertion above keeps `i * padded + LANES / 2` within `input`, and `weights` holds
-            // `inputs * BLOCK` values.
-            unsafe {
-                let x = _mm256_loadu_ps(input.as_ptr().add(i * padded));
-                for (k, sum) in sums.iter_mut().enumerate() {
-                    *sum = _mm256_fmadd_ps(_mm256_set1_ps(*weights.as_ptr().add(i * BLOCK + k)), x, *sum);
+/// `A^T m A + bias` of one tile for the channels of a group, activated, pooled, and stored as far as it is inside.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn transform_output<V: Vector>(
+    op: &Op,
+    image: Image,
+    first: usize,
+    channels: usize,
+    (row, tile, t): (usize, usize, usize),
+    product: &[f32],
+    out: &mut [f32],
+) {
+    let outputs = op.packed.outputs;
+    let scale = if op.pool { 2 } else { 1 };
+    let width = image.width / scale;
+    // What of the tile is inside, in pixels of the output.
+    let rows = (out.len() / (width * outputs).max(1)).min(4 / scale);
+    let x = 4 / scale * tile;
+    let across = width.saturating_sub(x).min(4 / scale);
+    debug_assert!(rows <= 4 / scale && row * 4 < image.height);
+    assert!(t < RUN && product.len() >= PLANES * RUN * channels && op.packed.bias.len() >= first + channels, "conv3x3: product");
+    for c in (0..channels).step_by(V::LANES) {
+        let left = outputs.saturating_sub(first + c).min(V::LANES);
+        if left == 0 {
+            break;
+        }
+        // SAFETY: the planes of tile `t` are within `product` and the biases are there by the assertion; stores of whole
+        // vectors are made where the output has so many channels left, others go through an array.
+        unsafe {
+            let bias = V::load(op.packed.bias.as_ptr().add(first + c));
+            let mut columns = [[V::splat(0.0); 4]; 6];
+            for (j, column) in columns.iter_mut().enumerate() {
+                let mut m = [V::splat(0.0); 6];
+                for (i, m) in m.iter_mut().enumerate() {
+                    *m = V::load(product.as_ptr().add(((6 * i + j) * RUN + t) * channels + c));
+                }
+                *column = backwards(m);
+            }
+            let mut tile = [[V::splat(0.0); 4]; 4];
+            for (i, line) in tile.iter_mut().enumerate() {
+                let [a, b, c, d, e, f] = columns;
+                for (to, v) in line.iter_mut().zip(backwards([a[i], b[i], c[i], d[i], e[i], f[i]])) {
+                    *to = activate(v.add(bias), op.activation);
                 }
             }
-        }
-        for (k, sum) in sums.into_iter().enumerate() {
-            // SAFETY: the assertion above.
-            unsafe { _mm256_storeu_ps(product.as_mut_ptr().add(k * padded), sum) };
+            if op.pool {
+                for i in 0..2 {
+                    for j in 0..2 {
+                        let top = tile[2 * i][2 * j].largest(tile[2 * i][2 * j + 1]);
+                        tile[i][j] = top.largest(tile[2 * i + 1][2 * j].largest(tile[2 * i + 1][2 * j + 1]));
+                    }
+                }
+            }
+            for (i, line) in tile.into_iter().enumerate().take(rows) {
+                for (j, v) in line.into_iter().enumerate().take(across) {
+                    let to = &mut out[(i * width + x + j) * outputs + first + c..][..left];
+                    if left == V::LANES {
+                        v.store(to.as_mut_ptr());
+                    } else {
+                        let mut whole = [0f32; 16];
+                        v.store(whole.as_mut_ptr());
+                        to.copy_from_slice(&whole[..left]);
+                    }
+                }
+            }
         }
     }
 }
@@ -484,15 +474,15 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(40))]
         /// Equal to Candle's own convolution, on every instruction set, at every size.
         #[test]
-        fn equals_the_definition(seed in 0u64..1000, n in 1usize..3, i in 1usize..20, o in 1usize..20, h in 1usize..40, w in 1usize..150, pool: bool) {
+        fn equals_the_definition(seed in 0u64..1000, n in 1usize..3, blocks in 1usize..4, o in 1usize..20, h in 1usize..40, w in 1usize..150, pool: bool) {
+            let i = 16 * blocks;
             let (x, k, b) = (noise(seed, &[n, i, h, w]), noise(seed + 1, &[o, i, 3, 3]), noise(seed + 2, &[o]));
             let mut want = x.conv2d(&k, 1, 1, 1, 1).unwrap().broadcast_add(&b.reshape((1, o, 1, 1)).unwrap()).unwrap().relu().unwrap();
             if pool && h > 1 && w > 1 {
                 want = want.max_pool2d(2).unwrap();
             }
-            let conv = Conv3x3::new(&k, &b).unwrap();
             for isa in Isa::available() {
-                let got = conv.forward_on(&x, Activation::Relu, pool, isa).unwrap();
+                let got = Conv3x3::on(&k, &b, isa).unwrap().forward(&x, Activation::Relu, pool).unwrap();
                 if pool && (h == 1 || w == 1) {
                     prop_assert_eq!(got.elem_count(), 0);
                     continue;
@@ -504,17 +494,38 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20))]
+        /// Two convolutions in one are the two.
+        #[test]
+        fn after_another_equals_one_after_the_other(seed in 0u64..1000, h in 1usize..30, w in 1usize..220, o in 1usize..20, pool: bool) {
+            let (x, k1, b1) = (noise(seed, &[1, 1, h, w]), noise(seed + 1, &[32, 1, 3, 3]), noise(seed + 2, &[32]));
+            let (k2, b2) = (noise(seed + 3, &[o, 32, 3, 3]), noise(seed + 4, &[o]));
+            let middle = x.conv2d(&k1, 1, 1, 1, 1).unwrap().broadcast_add(&b1.reshape((1, 32, 1, 1)).unwrap()).unwrap().relu().unwrap();
+            for isa in Isa::available() {
+                let second = Conv3x3::on(&k2, &b2, isa).unwrap();
+                let want = second.forward(&middle, Activation::Relu, pool).unwrap();
+                let got = second.after(&k1, &b1).unwrap().forward(&x, Activation::Relu, pool).unwrap();
+                prop_assert_eq!(got.dims(), want.dims());
+                if want.elem_count() > 0 {
+                    let worst = (got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                    prop_assert!(worst < 1e-3, "{isa:?}: {worst}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_wide_image_and_nan_are_kept() {
-        let (x, k, b) = (noise(1, &[1, 2, 9, 700]), noise(2, &[3, 2, 3, 3]), noise(3, &[3]));
+        let (x, k, b) = (noise(1, &[1, 16, 9, 700]), noise(2, &[3, 16, 3, 3]), noise(3, &[3]));
         let want = x.conv2d(&k, 1, 1, 1, 1).unwrap().broadcast_add(&b.reshape((1, 3, 1, 1)).unwrap()).unwrap();
         let got = Conv3x3::new(&k, &b).unwrap().forward(&x, Activation::None, false).unwrap();
         assert!((got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-4);
-        let bad = Tensor::full(f32::NAN, (1, 2, 8, 8), &Device::Cpu).unwrap();
+        let bad = Tensor::full(f32::NAN, (1, 16, 8, 8), &Device::Cpu).unwrap();
         let out = Conv3x3::new(&k, &b).unwrap().forward(&bad, Activation::Relu, true).unwrap();
         assert!(out.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_nan()));
         let e = Conv3x3::new(&k, &noise(1, &[2])).unwrap_err().to_string();
-        assert!(e.contains("[3, 2, 3, 3]") && e.contains("2 biases"), "{e}");
+        assert!(e.contains("[3, 16, 3, 3]") && e.contains("2 biases"), "{e}");
         assert!(Conv3x3::new(&k, &b).unwrap().forward(&noise(1, &[1, 5, 8, 8]), Activation::None, false).is_err());
     }
 }
