@@ -86,32 +86,50 @@ impl Model {
         &self.identity
     }
 
+    /// Resizes by area to the model's input and normalises: three planes.
+    fn planes(&self, image: &RgbImage) -> Result<Vec<f32>> {
+        let (w, h) = (self.spec().input_width, self.spec().input_height);
+        let resized;
+        let image = if (image.width() as usize, image.height() as usize) == (w, h) {
+            image
+        } else {
+            resized = image.resize_area(w as u32, h as u32)?;
+            &resized
+        };
+        let spec = self.spec();
+        let scale: [f32; 3] = std::array::from_fn(|c| 1.0 / (255.0 * spec.std[c]));
+        let shift: [f32; 3] = std::array::from_fn(|c| -spec.mean[c] / spec.std[c]);
+        let mut planes = vec![0f32; 3 * w * h];
+        let (red, rest) = planes.split_at_mut(w * h);
+        let (green, blue) = rest.split_at_mut(w * h);
+        for (((r, g), b), pixel) in red.iter_mut().zip(green).zip(blue).zip(image.data().chunks_exact(3)) {
+            *r = f32::from(pixel[0]) * scale[0] + shift[0];
+            *g = f32::from(pixel[1]) * scale[1] + shift[1];
+            *b = f32::from(pixel[2]) * scale[2] + shift[2];
+        }
+        Ok(planes)
+    }
+
     /// Resizes by area to the model's input and normalises: 1 x 3 x H x W.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Tensor> {
         let (w, h) = (self.spec().input_width, self.spec().input_height);
-        let resized = image.resize_area(w as u32, h as u32)?;
-        let mut planes = vec![0f32; 3 * w * h];
-        for (c, plane) in planes.chunks_exact_mut(w * h).enumerate() {
-            let scale = 1.0 / (255.0 * self.spec().std[c]);
-            let shift = -self.spec().mean[c] / self.spec().std[c];
-            for (out, pixel) in plane.iter_mut().zip(resized.data().chunks_exact(3)) {
-                *out = f32::from(pixel[c]) * scale + shift;
-            }
-        }
-        Ok(Tensor::from_vec(planes, (1, 3, h, w), &Device::Cpu)?)
+        Ok(Tensor::from_vec(self.planes(image)?, (1, 3, h, w), &Device::Cpu)?)
     }
 
     /// The global descriptor of one image, 448-d.
     pub fn describe(&self, image: &RgbImage) -> Result<Descriptor> {
-        self.describe_tensor(&self.preprocess(image)?)
+        self.describe_planes(&self.planes(image)?, self.spec().input_height, self.spec().input_width)
     }
 
     /// The global descriptor of one preprocessed image (1 x 3 x H x W).
     pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
         let (_, _, height, width) = x.dims4()?;
-        let image = x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+        self.describe_planes(&x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?, height, width)
+    }
+
+    fn describe_planes(&self, image: &[f32], height: usize, width: usize) -> Result<Descriptor> {
         let norm = |v: &[f32]| (v.iter().map(|x| x * x).sum::<f32>() + 1e-12).sqrt();
-        let mut pooled = self.plan.pooled(&image, height, width, self.spec().pooling);
+        let mut pooled = self.plan.pooled(image, height, width, self.spec().pooling);
         if self.spec().tap_norm {
             for tap in &mut pooled {
                 let n = norm(tap);

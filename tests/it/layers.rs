@@ -57,6 +57,7 @@ fn unsafe_lives_in_kernels_only() {
             "simd.rs",
             "map/dot.rs",
             "kernels/winograd.rs",
+            "kernels/direct.rs",
             "kernels/vector.rs",
             "kernels/pointwise.rs",
             "kernels/rows.rs",

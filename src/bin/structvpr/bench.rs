@@ -15,14 +15,16 @@ use structvpr::descriptor::Descriptor;
 use structvpr::eval::{write_npy, Matrix};
 use structvpr::features::{CompactFeatures, Features};
 use structvpr::geometry::{mutual_matches, verify, VerifyConfig, View};
-use structvpr::map::Index;
+use structvpr::image::{RawImage, RgbImage};
+use structvpr::map::{Index, Keyframe, Map};
 use structvpr::model::{Architecture, LocalNet, LocalWeights};
+use structvpr::pipeline::{Frame, LoopDetector};
 use structvpr::simd::Isa;
 
 #[derive(clap::Args)]
 pub struct Args {
     /// What to measure.
-    #[arg(long, value_delimiter = ',', default_value = "descriptor,superpoint,matching,verification,search", value_parser = ["descriptor", "superpoint", "matching", "verification", "search"])]
+    #[arg(long, value_delimiter = ',', default_value = "descriptor,superpoint,matching,verification,search,pipeline", value_parser = ["descriptor", "superpoint", "matching", "verification", "search", "pipeline"])]
     only: Vec<String>,
     /// Measure faiss (search), ONNX Runtime (descriptor, superpoint) and OpenCV (matching) in the same run; scripts/bench_peers installs them.
     #[arg(long)]
@@ -86,6 +88,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
             rows.push(search(&args, n)?);
         }
     }
+    if args.only.iter().any(|o| o == "pipeline") {
+        rows.push(pipeline(&args)?);
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(ExitCode::SUCCESS);
@@ -124,7 +129,7 @@ fn row(what: String, mut ours: Vec<f64>, peer: Option<(&str, Vec<f64>)>, check: 
 /// Rounds of each side's turn, the first of which does not count: it finds the other's data in the caches.
 const TURN: usize = 5;
 /// Between two turns: a peer's threads that spin for more work have given up by then.
-const PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Runs `ours` and the peer in turns of a few rounds.
 fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
@@ -136,8 +141,8 @@ fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Pe
             let took = began.elapsed().as_secs_f64();
             mine.extend((i > 0).then_some(took));
         }
+        std::thread::sleep(PAUSE);
         if let Some(peer) = &mut peer {
-            std::thread::sleep(PAUSE);
             for i in 0..TURN {
                 let took = peer.round()?;
                 theirs.extend((i > 0).then_some(took));
@@ -199,7 +204,7 @@ fn descriptor(args: &Args) -> Result<Row> {
     let model = common::load_model(args.model.as_deref())?;
     let (w, h) = (model.spec().input_width, model.spec().input_height);
     let pixels = (0..3 * w * h).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
-    let x = model.preprocess(&structvpr::image::RgbImage::new(w as u32, h as u32, pixels)?)?;
+    let x = model.preprocess(&RgbImage::new(w as u32, h as u32, pixels)?)?;
     let dir = tempfile::tempdir()?;
     let peer = if args.peers {
         let data = x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
@@ -229,6 +234,62 @@ fn descriptor(args: &Args) -> Result<Row> {
         _ => None,
     };
     Ok(row(format!("descriptor {h}x{w} f32"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+}
+
+/// Keyframes of the map that [`pipeline`] looks through.
+const PLACES: usize = 10_000;
+
+/// Bytes of a camera's image to the decision, beside the descriptor's own time in turns with it.
+fn pipeline(args: &Args) -> Result<Row> {
+    let model = common::load_model(args.model.as_deref())?;
+    let (w, h) = (model.spec().input_width, model.spec().input_height);
+    let x = model.preprocess(&RgbImage::new(w as u32, h as u32, vec![90; 3 * w * h])?)?;
+    let mut map = Map::new(model.identity().clone());
+    let keyframe = |i: usize| Keyframe {
+        robot: 0,
+        session: 0,
+        camera: String::new(),
+        stamp_ns: i as i64 * 1_000_000_000,
+        name: String::new(),
+        odom_from_base: None,
+    };
+    for i in 0..PLACES {
+        map.push(keyframe(i), &Descriptor::new(noise(i, DIM).collect())?)?;
+    }
+    let mut detector = LoopDetector::new(structvpr::config::Config::default(), map, model.spec().similarity_threshold)?;
+    let (mut whole, mut alone) = (Vec::new(), Vec::new());
+    let mut stamp_ns = 2 * PLACES as i64 * 1_000_000_000;
+    while whole.len() < args.rounds {
+        for i in 0..TURN {
+            let began = Instant::now();
+            model.describe_tensor(&x)?;
+            alone.extend((i > 0).then_some(began.elapsed().as_secs_f64()));
+        }
+        for i in 0..TURN {
+            stamp_ns += 1_000_000_000;
+            let data: Vec<u8> = (0..640 * 480 * 3).map(|p| ((p * 2_654_435_761 + stamp_ns as usize) >> 13) as u8).collect();
+            let began = Instant::now();
+            let raw = RawImage { width: 640, height: 480, encoding: "bgr8", is_bigendian: false, step: 3 * 640, data: &data };
+            let image = RgbImage::from_raw(&raw)?;
+            let frame = Frame {
+                camera: String::new(),
+                stamp_ns,
+                name: String::new(),
+                descriptor: model.describe(&image)?,
+                luma_std: image.luma_stats().1,
+                median_depth_m: None,
+                odom_from_base: None,
+                features: None,
+                calibration: None,
+            };
+            detector.process(frame)?;
+            whole.extend((i > 0).then_some(began.elapsed().as_secs_f64()));
+        }
+    }
+    let what = format!("640x480 image to decision, {PLACES} places");
+    let row = row(what, whole, Some((&format!("descriptor {h}x{w} alone"), alone)), None);
+    ensure!(detector.map().keyframes().len() > PLACES, "no image became a keyframe");
+    Ok(row)
 }
 
 /// Numbers in -1..1 that need no file.

@@ -14,6 +14,7 @@ use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
 use super::vector::Vector;
 use super::{Activation, Isa, Pad};
 use crate::model::{Pooling, GEM_EPS};
+use crate::simd::Processors;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -152,12 +153,20 @@ impl Plan {
         match scratch.as_mut_slice() {
             [] => {}
             [own] => work(own.values_mut()),
-            [own, others @ ..] => rayon::scope(|s| {
-                for other in others {
-                    s.spawn(|_| work(other.values_mut()));
-                }
-                work(own.values_mut());
-            }),
+            // The caller works too: one thread less to wake.
+            [own, others @ ..] => {
+                let processors = Processors::default();
+                processors.take();
+                rayon::in_place_scope(|s| {
+                    for other in others {
+                        s.spawn(|_| {
+                            processors.take();
+                            work(other.values_mut());
+                        });
+                    }
+                    work(own.values_mut());
+                })
+            }
         }
     }
 }
