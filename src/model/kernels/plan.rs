@@ -155,12 +155,16 @@ impl Plan {
             [own] => work(own.values_mut()),
             // The caller works too: one thread less to wake.
             [own, others @ ..] => {
-                let processors = Processors::default();
+                let (processors, caller) = (Processors::default(), std::thread::current().id());
                 processors.take();
                 rayon::in_place_scope(|s| {
                     for other in others {
                         s.spawn(|_| {
-                            processors.take();
+                            // Where all are busy, as in a loop over images, the caller itself comes to this at the end.
+                            let late = shared.next.load(Ordering::Relaxed) >= layout.tasks.len();
+                            if !late && std::thread::current().id() != caller {
+                                processors.take();
+                            }
                             work(other.values_mut());
                         });
                     }
