@@ -122,8 +122,13 @@ impl Model {
     }
 
     /// The global descriptor of one preprocessed image (1 x 3 x H x W).
+    ///
+    /// Errors: another shape, or sides below [`MIN_SIDE`].
     pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
-        let (_, _, height, width) = x.dims4()?;
+        let (n, channels, height, width) = x.dims4()?;
+        if (n, channels) != (1, 3) || height < MIN_SIDE || width < MIN_SIDE {
+            return Err(Error::image(format!("a descriptor is of 1 x 3 x H x W, sides of {MIN_SIDE} and more, not of {:?}", x.dims())));
+        }
         self.describe_planes(&x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?, height, width)
     }
 

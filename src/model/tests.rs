@@ -90,6 +90,16 @@ fn the_shipped_model_agrees_with_onnx_runtime_and_is_small() {
 }
 
 #[test]
+fn a_batch_or_a_crumb_is_an_error_not_a_panic() {
+    let model = Model::shipped().unwrap();
+    for shape in [(2, 3, 64, 64), (1, 1, 64, 64), (1, 3, 31, 64), (1, 3, 64, 0)] {
+        let e = model.describe_tensor(&Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap()).unwrap_err().to_string();
+        assert!(e.contains("1 x 3 x H x W"), "{e}");
+    }
+    assert!(model.describe_tensor(&Tensor::zeros((1, 3, 32, 33), DType::F32, &Device::Cpu).unwrap()).is_ok());
+}
+
+#[test]
 fn what_is_written_is_read_again_with_its_header() {
     for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 2e-3)] {
         let mut weights = Weights::parse(&file(&tensorflow_tensors())).unwrap();
