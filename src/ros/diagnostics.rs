@@ -61,6 +61,11 @@ fn memory_mib() -> Option<f64> {
     line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kb| kb / 1024.0)
 }
 
+/// For a node whose name the middleware does not know, yet or at all.
+const UNNAMED: &str = "(name unknown)";
+/// Seconds that a warning waits for that name.
+const PATIENCE: f64 = 2.0;
+
 impl Diagnostics {
     /// Creates the publishers.
     pub fn new(node: &mut Node, engine: &Arc<Engine>, names: &Names, inputs: Vec<Input>) -> r2r::Result<Self> {
@@ -113,7 +118,9 @@ impl Diagnostics {
         let (level, message) = if silent > limit {
             let why = self.why_silent(node, i);
             let message = format!("no image received on {topic} for {silent:.1} s: {why}");
-            if self.warned[i].is_none_or(|at| at.elapsed() > AGAIN) {
+            // A publisher is found before its node's name is: the next look knows it.
+            let named = !message.contains(UNNAMED) || silent > limit + PATIENCE;
+            if named && self.warned[i].is_none_or(|at| at.elapsed() > AGAIN) {
                 r2r::log_warn!(&self.logger, "{message}");
                 self.warned[i] = Some(Instant::now());
             }
@@ -156,7 +163,10 @@ impl Diagnostics {
             .into_iter()
             .map(|p| Endpoint {
                 type_name: p.topic_type,
-                node: format!("{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name),
+                node: match p.node_name.contains("_UNKNOWN_") {
+                    true => UNNAMED.into(),
+                    false => format!("{}/{}", p.node_namespace.trim_end_matches('/'), p.node_name),
+                },
                 reliable: p.qos_profile.reliability == ReliabilityPolicy::Reliable,
                 transient_local: p.qos_profile.durability == DurabilityPolicy::TransientLocal,
             })
