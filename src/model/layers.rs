@@ -22,16 +22,20 @@ enum Kernel {
     Any(Conv),
 }
 
+fn weight_and_bias(tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<(Tensor, Tensor)> {
+    let get = |kind: &str| {
+        let name = format!("{name}.{kind}");
+        tensors.get(&name).cloned().ok_or_else(|| Error::TensorMissing { name, layout: "structvpr local features" })
+    };
+    Ok((get("weight")?, get("bias")?))
+}
+
 impl Layer {
     /// Of `NAME.weight`, O x I x K x K, and `NAME.bias`.
     ///
     /// Errors: a tensor is missing.
     pub fn new(tensors: &BTreeMap<String, Tensor>, name: &str, activation: Activation, stride: usize, pool: bool) -> Result<Self> {
-        let get = |kind: &str| {
-            let name = format!("{name}.{kind}");
-            tensors.get(&name).cloned().ok_or_else(|| Error::TensorMissing { name, layout: "structvpr local features" })
-        };
-        let (weight, bias) = (get("weight")?, get("bias")?);
+        let (weight, bias) = weight_and_bias(tensors, name)?;
         let (_, inputs, k, _) = weight.dims4()?;
         let conv = match (k, stride) {
             (3, 1) if Conv3x3::suits(inputs) => Kernel::Three(Conv3x3::new(&weight, &bias)?),
@@ -44,14 +48,9 @@ impl Layer {
     ///
     /// Errors: a tensor is missing or of another shape.
     pub fn after(&self, tensors: &BTreeMap<String, Tensor>, name: &str) -> Result<Option<Self>> {
-        let get = |kind: &str| {
-            let name = format!("{name}.{kind}");
-            tensors.get(&name).cloned().ok_or_else(|| Error::TensorMissing { name, layout: "structvpr local features" })
-        };
-        match &self.conv {
-            Kernel::Three(conv) => Ok(Some(Self { conv: Kernel::Three(conv.after(&get("weight")?, &get("bias")?)?), ..self.clone() })),
-            Kernel::Any(_) => Ok(None),
-        }
+        let Kernel::Three(conv) = &self.conv else { return Ok(None) };
+        let (weight, bias) = weight_and_bias(tensors, name)?;
+        Ok(Some(Self { conv: Kernel::Three(conv.after(&weight, &bias)?), ..self.clone() }))
     }
 
     /// 1 x I x H x W to 1 x O x H' x W'.

@@ -128,7 +128,8 @@ fn row(what: String, mut ours: Vec<f64>, peer: Option<(&str, Vec<f64>)>, check: 
 
 /// Rounds of each side's turn, the first of which does not count: it finds the other's data in the caches.
 const TURN: usize = 5;
-/// Between two turns: a peer's threads that spin for more work have given up by then.
+/// Between two turns: a peer's threads that spin for more work have given up by then, and ours sleep, as between a
+/// camera's keyframes; so also without a peer.
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Runs `ours` and the peer in turns of a few rounds.

@@ -177,13 +177,9 @@ unsafe fn row<V: Vector>(op: &Op, pixels: &[f32], n: usize, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::kernels::noise;
     use candle_core::Device;
     use proptest::prelude::*;
-
-    fn noise(seed: u64, shape: &[usize]) -> Tensor {
-        let n: usize = shape.iter().product();
-        Tensor::from_vec((0..n as u64).map(|i| crate::test_noise(seed, i)).collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]

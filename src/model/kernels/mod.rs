@@ -100,3 +100,11 @@ pub(crate) fn contiguous<'a>(
 fn channels_last(x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
     x.permute((0, 2, 3, 1))?.contiguous()
 }
+
+/// A tensor of reproducible noise for the kernels' tests.
+#[cfg(test)]
+fn noise(seed: u64, shape: &[usize]) -> candle_core::Tensor {
+    let n: usize = shape.iter().product();
+    let values: Vec<f32> = (0..n as u64).map(|i| crate::test_noise(seed, i)).collect();
+    candle_core::Tensor::from_vec(values, shape, &candle_core::Device::Cpu).unwrap()
+}

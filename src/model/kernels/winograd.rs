@@ -462,13 +462,9 @@ unsafe fn transform_output<V: Vector>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::kernels::noise;
     use candle_core::Device;
     use proptest::prelude::*;
-
-    fn noise(seed: u64, shape: &[usize]) -> Tensor {
-        let n: usize = shape.iter().product();
-        Tensor::from_vec((0..n as u64).map(|i| crate::test_noise(seed, i)).collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
-    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
