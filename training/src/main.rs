@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use structvpr_training::{drive, finetune, places};
+use structvpr_training::{bench, drive, finetune, places};
 
 /// The synthetic street and what is trained on it. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Command {
     Places(places::Args),
     /// Fine-tune ImageNet weights on the synthetic street.
     Finetune(finetune::Args),
+    /// Time one training step on this machine, with ratios in the same run.
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
         Command::Bag(args) => drive::run(&args),
         Command::Places(args) => places::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
