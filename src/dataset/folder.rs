@@ -1,6 +1,6 @@
 //! Two folders of images; truth by poses or by equal names.
 
-use super::{list_images, within, Dataset, Format, Pose2, PoseTable, Sample, Spec};
+use super::{in_one_area, list_images, within, Dataset, Format, Pose2, PoseTable, Sample, Spec};
 use crate::error::{Error, Result};
 use std::path::Path;
 
@@ -22,6 +22,7 @@ impl Format for Folder {
         spec.check_options(&["match", "radius", "angle", "query_poses", "reference_poses"])?;
         let [q, r] = spec.paths::<2>(USAGE)?;
         let (queries, references) = (list_images(q)?, list_images(r)?);
+        let (mut query_places, mut reference_places) = (Vec::new(), Vec::new());
         let (positives, protocol) = match spec.option("match").unwrap_or("poses") {
             "name" => (same_name(&queries, &references), "a reference of the same name is true".to_string()),
             "poses" => {
@@ -32,12 +33,14 @@ impl Format for Folder {
                     PoseTable::parse(&text).map_err(|e| e.at(&path))
                 };
                 let (tq, tr) = (table("query_poses", q)?, table("reference_poses", r)?);
-                let truth = within(&poses_of(&queries, &tq)?, &poses_of(&references, &tr)?, radius, angle);
+                let (q, r) = (poses_of(&queries, &tq)?, poses_of(&references, &tr)?);
+                let truth = within(&q, &r, radius, angle);
+                (query_places, reference_places) = (in_one_area(&q), in_one_area(&r));
                 (truth, format!("a reference within {radius} m and {angle} degrees is true"))
             }
             other => return Err(Error::dataset(format!("match={other} (allowed: poses, name)"))),
         };
-        Ok(Dataset { protocol, queries, references, positives, ..Dataset::default() })
+        Ok(Dataset { protocol, queries, references, positives, query_places, reference_places, ..Dataset::default() })
     }
 }
 

@@ -1,6 +1,6 @@
 //! File names that carry coordinates: `@easting@northing@...`.
 
-use super::{list_images, within, Dataset, Format, Pose2, Sample, Spec};
+use super::{in_one_area, list_images, within, Dataset, Format, Pose2, Sample, Spec};
 use crate::error::{Error, Result};
 
 /// `utm:QUERY:REFERENCE`.
@@ -26,9 +26,11 @@ impl Format for FileNames {
 
 pub(super) fn by_file_name(queries: Vec<Sample>, references: Vec<Sample>, radius: f64) -> Result<Dataset> {
     let poses = |samples: &[Sample]| samples.iter().map(coordinates).collect::<Result<Vec<_>>>();
-    let positives = within(&poses(&queries)?, &poses(&references)?, radius, 180.0);
+    let (q, r) = (poses(&queries)?, poses(&references)?);
+    let positives = within(&q, &r, radius, 180.0);
     let protocol = format!("a reference within {radius} m is true");
-    Ok(Dataset { protocol, queries, references, positives, ..Dataset::default() })
+    let (query_places, reference_places) = (in_one_area(&q), in_one_area(&r));
+    Ok(Dataset { protocol, queries, references, positives, query_places, reference_places, ..Dataset::default() })
 }
 
 fn coordinates(sample: &Sample) -> Result<Pose2> {

@@ -4,6 +4,7 @@
 
 mod folder;
 mod geo;
+mod manifest;
 mod mat;
 mod msls;
 mod nordland;
@@ -41,6 +42,24 @@ pub struct Dataset {
     pub references: Vec<Sample>,
     /// For each query the true references; empty if there is none.
     pub positives: Vec<Vec<usize>>,
+    /// Where each query was taken; empty if the format does not say. Training has a rule of its own for what is near.
+    pub query_places: Vec<Located>,
+    /// Where each reference was taken; empty if the format does not say.
+    pub reference_places: Vec<Located>,
+}
+
+/// A pose and the frame that it is in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Located {
+    /// Poses of different areas (cities) do not compare.
+    pub area: usize,
+    /// Where, and in which direction.
+    pub pose: Pose2,
+}
+
+/// All in one area.
+fn in_one_area(poses: &[Pose2]) -> Vec<Located> {
+    poses.iter().map(|pose| Located { area: 0, pose: *pose }).collect()
 }
 
 /// A format.
@@ -54,8 +73,16 @@ pub trait Format: Sync {
 }
 
 /// All formats.
-pub const FORMATS: [&dyn Format; 7] =
-    [&folder::Folder, &traverse::Traverse, &vprbench::VprBench, &geo::FileNames, &msls::Msls, &nordland::Nordland, &pitts30k::Pitts30k];
+pub const FORMATS: [&dyn Format; 8] = [
+    &folder::Folder,
+    &traverse::Traverse,
+    &vprbench::VprBench,
+    &geo::FileNames,
+    &msls::Msls,
+    &nordland::Nordland,
+    &pitts30k::Pitts30k,
+    &manifest::Manifest,
+];
 
 /// A parsed specification.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! Mapillary Street-Level Sequences, image to image.
 
-use super::{within, Dataset, Format, Pose2, Sample, Spec};
+use super::{within, Dataset, Format, Located, Pose2, Sample, Spec};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,7 +25,7 @@ impl Format for Msls {
         let (radius, angle) = (spec.number("radius", 25.0)?, spec.number("angle", 40.0)?);
         let subtask = spec.option("subtask").unwrap_or("all");
         let mut all = Dataset::default();
-        for city in spec.option("cities").unwrap_or("cph+sf").split('+') {
+        for (area, city) in spec.option("cities").unwrap_or("cph+sf").split('+').enumerate() {
             let side = |name: &str| read_side(&dir.join("train_val").join(city).join(name), city, subtask);
             let ((queries, poses), (references, reference_poses)) = (side("query")?, side("database")?);
             let first = all.references.len();
@@ -33,6 +33,9 @@ impl Format for Msls {
                 // Cities never match each other.
                 all.positives.push(positives.into_iter().map(|p| p + first).collect());
             }
+            let located = |poses: Vec<Pose2>| poses.into_iter().map(move |pose| Located { area, pose });
+            all.query_places.extend(located(poses));
+            all.reference_places.extend(located(reference_poses));
             all.queries.extend(queries);
             all.references.extend(references);
         }

@@ -2,7 +2,7 @@
 
 use super::geo::by_file_name;
 use super::mat::{self, Value};
-use super::{list_images, within, Dataset, Format, Pose2, Sample, Spec};
+use super::{in_one_area, list_images, within, Dataset, Format, Pose2, Sample, Spec};
 use crate::error::{read_file, Error, Result};
 use crate::eval::{read_npz_matrices, Matrix};
 use std::path::Path;
@@ -64,6 +64,8 @@ fn from_mat(dir: &Path, bytes: &[u8], radius: f64) -> Result<Dataset> {
         queries: side(names("qImageFns")?, &q, &dir.join("queries_real"), "queries")?,
         references: side(names("dbImageFns")?, &r, dir, "references")?,
         positives: within(&q, &r, radius, 180.0),
+        query_places: in_one_area(&q),
+        reference_places: in_one_area(&r),
         protocol: format!("a reference within {radius} m is true (dbStruct)"),
         ..Dataset::default()
     })
@@ -80,12 +82,15 @@ fn with_truth(queries: Vec<Sample>, references: Vec<Sample>, bytes: &[u8], radiu
             None => Err(Error::dataset(format!("no array `{name}`"))),
         }
     };
-    let positives = within(&places("utmQ", &queries)?, &places("utmDb", &references)?, radius, 180.0);
+    let (q, r) = (places("utmQ", &queries)?, places("utmDb", &references)?);
+    let positives = within(&q, &r, radius, 180.0);
     Ok(Dataset {
         protocol: format!("a reference within {radius} m is true (published truth)"),
         queries,
         references,
         positives,
+        query_places: in_one_area(&q),
+        reference_places: in_one_area(&r),
         ..Dataset::default()
     })
 }

@@ -186,3 +186,31 @@ fn published_ground_truth_files_are_read() {
     let arrays = read_npz_matrices(&npz).unwrap();
     assert_eq!((arrays["utmQ"].rows, arrays["utmDb"].rows, arrays["posDistThr"].data[0]), (6816, 10_000, 25.0));
 }
+
+#[test]
+fn a_manifest_matches_by_place_or_by_distance_and_names_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("set.csv");
+    let open_with = |text: &str| {
+        std::fs::write(&file, text).unwrap();
+        open(&format!("manifest:{},radius=5", file.display()))
+    };
+    let d = open_with("image,side,place\na/1.jpg,query,a\na/2.jpg,reference,a\nb/1.jpg,both,b\nb/2.jpg,reference,b\n").unwrap();
+    assert_eq!(names(&d), ["a/2.jpg", "b/1.jpg", "b/2.jpg"]);
+    assert_eq!(d.positives, [vec![0], vec![2]], "an image is not its own place's other image");
+    assert!(d.queries[0].path == dir.path().join("a/1.jpg") && d.query_places.is_empty());
+    let d = open_with("image,side,x,y,heading_deg\n1.jpg,query,0,0,\n2.jpg,reference,3,4,90\n3.jpg,reference,30,4,\n").unwrap();
+    assert_eq!(d.positives, [vec![0]]);
+    assert_eq!(d.reference_places[0].pose.heading_deg, Some(90.0));
+    for (text, want) in [
+        ("image,place\n1.jpg,a\n", "no column `side`"),
+        ("image,side\n1.jpg,query\n", "no column `x`"),
+        ("image,side,place\n1.jpg,left,a\n", "side `left`"),
+        ("image,side,x,y\n1.jpg,query,0,north\n", "`north` in column `y`"),
+        ("image,side,place\n,query,a\n", "column `image` is empty"),
+        ("image,side,place\n1.jpg,query,a\n", "no references"),
+    ] {
+        let said = open_with(text).map(|_| ()).unwrap_err().to_string();
+        assert!(said.contains(want) , "{text}: {said}");
+    }
+}

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use structvpr_training::{bench, drive, finetune, places};
+use structvpr_training::{ablate, bench, drive, finetune, places, work};
 
 /// The synthetic street and what is trained on it. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 #[derive(Parser)]
@@ -20,6 +20,14 @@ enum Command {
     Places(places::Args),
     /// Fine-tune ImageNet weights on the synthetic street.
     Finetune(finetune::Args),
+    /// Stage 1: train one branch (or a rival) with the triplet loss.
+    Stage1(work::Stage1),
+    /// Ranks of all training pairs by both branches: groups, weights, audit, report.
+    Partition(work::Partition),
+    /// Stage 2: train the student with weighted distillation.
+    Distill(work::Distill),
+    /// Run a set of experiments with several seeds and write one table.
+    Ablate(ablate::Args),
     /// Time one training step on this machine, with ratios in the same run.
     Bench(bench::Args),
 }
@@ -30,6 +38,10 @@ fn main() -> ExitCode {
         Command::Bag(args) => drive::run(&args),
         Command::Places(args) => places::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Stage1(args) => work::stage1(&args),
+        Command::Partition(args) => work::partition(&args),
+        Command::Distill(args) => work::distill(&args),
+        Command::Ablate(args) => ablate::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match result {

@@ -1,0 +1,414 @@
+//! `training ablate`: a set of experiments, several seeds each, one table.
+
+use crate::checkpoint::write_whole;
+use crate::data::{Loader, Set};
+use crate::learner::{Kind, Learner};
+use crate::partition::{Phi, Select};
+use crate::rank::Recall;
+use crate::recipe::{Feature, Recipe};
+use crate::report::{escape, page};
+use crate::train::Job;
+use crate::work::{audit, finish, fingerprint, ranks, set_threads, stage1_job, summarise, teaching, write_partition, Finished, Ranks, Sets};
+use anyhow::{bail, ensure, Context, Result};
+use plotters::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// The experiments, YAML: `recipe`, `seeds`, `rows`, `order`.
+    #[arg(long)]
+    config: PathBuf,
+    /// Folder of all trainings and of table.md, table.csv, table.html; finished rows are not run again.
+    #[arg(long)]
+    out: PathBuf,
+    /// Processor threads; 0: all.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Run these seeds in place of the file's.
+    #[arg(long, value_delimiter = ',')]
+    seeds: Vec<u64>,
+    /// Divide all steps by this: a quick look.
+    #[arg(long, default_value_t = 1)]
+    quick: usize,
+}
+
+/// An experiments file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experiments {
+    /// Title of the table.
+    pub title: String,
+    /// The recipe that all rows share, relative to this file.
+    pub recipe: PathBuf,
+    pub seeds: Vec<u64>,
+    pub rows: Vec<Row>,
+    /// Names of rows, best first: whether their means come out in this order is said below the table.
+    #[serde(default)]
+    pub order: Vec<String>,
+    /// A row and its negative control: what the first gains over `over` counts only as far as the second does not.
+    #[serde(default)]
+    pub control: Option<Control>,
+}
+
+/// See [`Experiments::control`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Control {
+    pub row: String,
+    pub control: String,
+    pub over: String,
+}
+
+/// Which label maps the teacher of a row was trained and is used on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Teacher {
+    /// Each image's own.
+    #[default]
+    True,
+    /// Another place's: the negative control.
+    Shuffled,
+}
+
+/// One row.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    pub name: String,
+    /// `rgb` or a rival.
+    #[serde(default)]
+    pub kind: Kind,
+    #[serde(default)]
+    pub teacher: Teacher,
+    #[serde(default)]
+    pub select: Option<Select>,
+    #[serde(default)]
+    pub phi: Option<Phi>,
+    #[serde(default)]
+    pub lambda: Option<f64>,
+    #[serde(default)]
+    pub feature: Option<Feature>,
+    /// Largest learning rate, where it differs (the rivals' do).
+    #[serde(default)]
+    pub lr: Option<f64>,
+}
+
+impl Experiments {
+    /// Parses an experiments file.
+    ///
+    /// Errors: no rows or seeds, a name twice, an order that names no row.
+    pub fn parse(text: &str) -> Result<Self> {
+        let e: Self = serde_yaml::from_str(text)?;
+        ensure!(!e.rows.is_empty() && !e.seeds.is_empty(), "`rows` and `seeds` must not be empty");
+        let names: Vec<&str> = e.rows.iter().map(|r| r.name.as_str()).collect();
+        for (i, name) in names.iter().enumerate() {
+            ensure!(!names[..i].contains(name), "two rows are called `{name}`");
+            ensure!(!name.is_empty() && !STAGE1.contains(name), "a row cannot be called `{name}`");
+        }
+        let control = e.control.iter().flat_map(|c| [&c.row, &c.control, &c.over]);
+        for name in e.order.iter().chain(control) {
+            ensure!(names.contains(&name.as_str()), "`order` or `control` names `{name}`; rows: {}", names.join(", "));
+        }
+        Ok(e)
+    }
+}
+
+/// Rows that every table has: the two branches after stage 1.
+const STAGE1: [&str; 3] = ["rgb, stage 1", "seg, stage 1", "seg, labels shuffled"];
+
+/// A finished row of one seed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Done {
+    identity: String,
+    finished: Finished,
+}
+
+/// Runs `job` unless `dir` holds its result already.
+fn cached(dir: &Path, identity: &str, run: impl FnOnce() -> Result<Finished>) -> Result<Finished> {
+    let path = dir.join("row.json");
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        if let Ok(done) = serde_json::from_str::<Done>(&text) {
+            if done.identity == identity {
+                return Ok(done.finished);
+            }
+            bail!("{} is of another experiment: name another --out, or remove it", dir.display());
+        }
+    }
+    let finished = run()?;
+    write_whole(&path, serde_json::to_string_pretty(&Done { identity: identity.into(), finished: finished.clone() })?.as_bytes())?;
+    Ok(finished)
+}
+
+fn identity(of: &impl Serialize) -> Result<String> {
+    Ok(Sha256::digest(serde_json::to_vec(of)?).iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// What a seed's rows share.
+struct Seed<'a> {
+    recipe: &'a Recipe,
+    seed: u64,
+    sets: &'a Sets,
+    loader: &'a Loader,
+    dir: PathBuf,
+}
+
+impl Seed<'_> {
+    /// Stage 1 of a branch: its learner, and its result.
+    fn stage1(&self, kind: Kind, folder: &str) -> Result<(Learner, Finished)> {
+        let dir = self.dir.join(folder);
+        let job = stage1_job(kind, self.recipe, self.seed, self.sets, self.loader);
+        let id = identity(&(kind, self.recipe, self.seed, folder))?;
+        let mut trained = None;
+        let finished = cached(&dir, &id, || {
+            let (learner, summary) = job.run(&dir)?;
+            let finished = finish(&learner, &summary, self.loader, self.sets, self.recipe, &dir)?;
+            trained = Some(learner);
+            Ok(finished)
+        })?;
+        Ok((trained.map_or_else(|| job.load(&dir), Ok)?, finished))
+    }
+
+    fn partition(&self, seg: &Learner, rgb: &Learner, folder: &str) -> Result<Ranks> {
+        let ranks = ranks(seg, rgb, self.loader, &self.sets.train, self.recipe.distillation.weighting.n_t)?;
+        let summary = summarise(&ranks, self.recipe, &fingerprint(seg)?);
+        write_partition(&ranks, &summary, self.recipe, self.sets, &self.dir.join(folder))?;
+        print!("seed {}, {folder}:\n{}", self.seed, audit(&summary));
+        Ok(ranks)
+    }
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    set_threads(args.threads)?;
+    ensure!(args.quick >= 1, "--quick is 1 or more");
+    let text = std::fs::read_to_string(&args.config).with_context(|| args.config.display().to_string())?;
+    let mut experiments = Experiments::parse(&text).with_context(|| args.config.display().to_string())?;
+    if !args.seeds.is_empty() {
+        experiments.seeds.clone_from(&args.seeds);
+    }
+    let mut recipe = Recipe::open(&args.config.parent().unwrap_or(Path::new("")).join(&experiments.recipe))?;
+    for s in [&mut recipe.rgb, &mut recipe.seg, &mut recipe.distil] {
+        s.steps = (s.steps / args.quick).max(1);
+    }
+    let sets = Sets::open(&recipe, true, true)?;
+    let loader = sets.loader(&recipe)?;
+    let shuffled_wanted = experiments.rows.iter().any(|r| r.teacher == Teacher::Shuffled);
+    let began = std::time::Instant::now();
+    let mut table: BTreeMap<String, Vec<Finished>> = BTreeMap::new();
+    for seed in &experiments.seeds {
+        let dir = args.out.join(format!("seed-{seed}"));
+        let own = Seed { recipe: &recipe, seed: *seed, sets: &sets, loader: &loader, dir: dir.clone() };
+        let (rgb, rgb_done) = own.stage1(Kind::Rgb, "rgb")?;
+        let (seg, seg_done) = own.stage1(Kind::Seg, "seg")?;
+        table.entry(STAGE1[0].into()).or_default().push(rgb_done);
+        table.entry(STAGE1[1].into()).or_default().push(seg_done);
+        let pairs = own.partition(&seg, &rgb, "partition")?.pairs;
+        drop(seg);
+        // The control's teacher sees another place's label map for every image, in training and in use.
+        let mut shuffled = None;
+        if shuffled_wanted {
+            let shuffle = |set: &Set| {
+                let mut set = set.clone();
+                set.shuffle_labels(*seed);
+                set
+            };
+            let sets = Sets {
+                train: shuffle(&sets.train),
+                validation: shuffle(&sets.validation),
+                tests: sets.tests.iter().map(|(n, s)| (n.clone(), shuffle(s))).collect(),
+            };
+            let loader = sets.loader(&recipe)?;
+            let own = Seed { sets: &sets, loader: &loader, dir: dir.clone(), ..own };
+            let (teacher, done) = own.stage1(Kind::Seg, "seg-shuffled")?;
+            table.entry(STAGE1[2].into()).or_default().push(done);
+            let pairs = own.partition(&teacher, &rgb, "partition-shuffled")?.pairs;
+            drop(teacher);
+            shuffled = Some((sets, pairs));
+        }
+        for row in &experiments.rows {
+            let folder = dir.join("rows").join(row.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
+            let mut own = recipe.clone();
+            let d = &mut own.distillation;
+            let w = &mut d.weighting;
+            (w.select, w.phi) = (row.select.unwrap_or(w.select), row.phi.unwrap_or(w.phi));
+            (d.lambda, d.feature) = (row.lambda.unwrap_or(d.lambda), row.feature.unwrap_or(d.feature));
+            own.distil.lr = row.lr.unwrap_or(own.distil.lr);
+            own.validate()?;
+            let id = identity(&(row, &own, seed))?;
+            let finished = cached(&folder, &id, || run_row(row, &own, *seed, &sets, shuffled.as_ref(), &pairs, &dir, &folder))
+                .with_context(|| format!("row `{}`, seed {seed}", row.name))?;
+            let said: Vec<String> = finished.tests.iter().map(|(n, r)| format!("{n} R@1 {:.3}", r.get(1))).collect();
+            println!("seed {seed}, {}: {}   ({:.0} min so far)", row.name, said.join("  "), began.elapsed().as_secs_f64() / 60.0);
+            table.entry(row.name.clone()).or_default().push(finished);
+        }
+        write(&experiments, &recipe, &table, &args.out)?;
+    }
+    println!("{}", std::fs::read_to_string(args.out.join("table.md"))?);
+    println!("{}", args.out.join("table.html").display());
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+fn run_row(
+    row: &Row,
+    recipe: &Recipe,
+    seed: u64,
+    sets: &Sets,
+    shuffled: Option<&(Sets, Vec<(usize, usize, usize, usize)>)>,
+    pairs: &[(usize, usize, usize, usize)],
+    dir: &Path,
+    folder: &Path,
+) -> Result<Finished> {
+    let (sets, pairs, teacher_dir) = match (row.teacher, shuffled) {
+        (Teacher::Shuffled, Some((s, p))) => (s, p.as_slice(), dir.join("seg-shuffled")),
+        _ => (sets, pairs, dir.join("seg")),
+    };
+    let loader = sets.loader(recipe)?;
+    let taught = row.kind == Kind::Rgb && recipe.distillation.weighting.select != Select::None && recipe.distillation.lambda > 0.0;
+    let teaching = match taught {
+        true => {
+            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, &loader).load(&teacher_dir)?;
+            Some(teaching(teacher, pairs, recipe)?)
+        }
+        false => None,
+    };
+    let job = Job {
+        kind: row.kind,
+        recipe,
+        schedule: &recipe.distil,
+        seed,
+        train: &sets.train,
+        validation: &sets.validation,
+        loader: &loader,
+        teaching: teaching.as_ref(),
+        title: format!("seed {seed}, {}", row.name),
+    };
+    let (learner, summary) = job.run(folder)?;
+    finish(&learner, &summary, &loader, sets, recipe, folder)
+}
+
+/// Mean and standard deviation over seeds (n - 1).
+fn mean_and_spread(values: &[f64]) -> (f64, f64) {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n.max(1.0);
+    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
+    (mean, if n > 1.0 { (squares / (n - 1.0)).sqrt() } else { 0.0 })
+}
+
+/// A row's figures: mean over the tests of one seed, then over seeds.
+fn over_tests(row: &[Finished], n: usize) -> Vec<f64> {
+    let mean = |f: &Finished| f.tests.values().map(|r| r.get(n)).sum::<f64>() / f.tests.len().max(1) as f64;
+    row.iter().map(mean).collect()
+}
+
+fn write(e: &Experiments, recipe: &Recipe, table: &BTreeMap<String, Vec<Finished>>, out: &Path) -> Result<()> {
+    let names: Vec<&str> = STAGE1.into_iter().chain(e.rows.iter().map(|r| r.name.as_str())).filter(|n| table.contains_key(*n)).collect();
+    let tests: Vec<&String> = recipe.tests.keys().collect();
+    let figures = |row: &[Finished], of: &dyn Fn(&Finished) -> f64| mean_and_spread(&row.iter().map(of).collect::<Vec<_>>());
+    let recall = |f: &Finished, test: &str, n: usize| f.tests.get(test).map_or(0.0, |r: &Recall| r.get(n));
+    let seeds = table.values().map(Vec::len).max().unwrap_or(0);
+
+    let mut md = format!("# {}\n\nMean and standard deviation over {seeds} seed(s), per cent.\n\n| |", e.title);
+    let mut csv = csv::Writer::from_writer(Vec::new());
+    csv.write_record(["row", "test", "metric", "mean", "std", "seeds"])?;
+    for t in &tests {
+        let _ = write!(md, " {t} R@1 | {t} R@5 | {t} R@10 |");
+    }
+    md += " mean R@1 | validation R@5 |\n|---|";
+    md += &"---|".repeat(3 * tests.len() + 2);
+    md.push('\n');
+    for name in &names {
+        let row = &table[*name];
+        let _ = write!(md, "| {name} |");
+        let mut cell = |test: &str, metric: &str, (mean, std): (f64, f64)| -> Result<()> {
+            let _ = write!(md, " {:.1} ± {:.1} |", 100.0 * mean, 100.0 * std);
+            let record = [name.to_string(), test.into(), metric.into(), format!("{mean:.5}"), format!("{std:.5}"), row.len().to_string()];
+            Ok(csv.write_record(record)?)
+        };
+        for t in &tests {
+            for n in [1, 5, 10] {
+                cell(t, &format!("recall@{n}"), figures(row, &|f| recall(f, t, n)))?;
+            }
+        }
+        cell("mean of the tests", "recall@1", mean_and_spread(&over_tests(row, 1)))?;
+        cell("validation", "recall@5", figures(row, &|f| f.validation_recall_5))?;
+        md.push('\n');
+    }
+    let said = verdict(e, table);
+    md += &format!("\n{}\n", said.join("\n\n"));
+    write_whole(&out.join("table.md"), md.as_bytes())?;
+    write_whole(&out.join("table.csv"), &csv.into_inner().map_err(|e| anyhow::anyhow!("{e}"))?)?;
+    let plot = plot(&names, table)?;
+    let mut body = plot + "<table>";
+    for (i, line) in md.lines().filter(|l| l.starts_with('|') && !l.starts_with("|---")).enumerate() {
+        let tag = if i == 0 { "th" } else { "td" };
+        let cells: Vec<String> = line.trim_matches('|').split('|').map(|c| format!("<{tag}>{}</{tag}>", escape(c.trim()))).collect();
+        let _ = write!(body, "<tr>{}</tr>", cells.concat());
+    }
+    body += "</table>";
+    for line in &said {
+        let _ = write!(body, "<p>{}</p>", escape(line));
+    }
+    write_whole(&out.join("table.html"), page(&e.title, &body).as_bytes())
+}
+
+/// Whether the order came out, and whether the gain beats its control.
+fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<String> {
+    let mean = |name: &str| table.get(name).map(|row| mean_and_spread(&over_tests(row, 1)));
+    let mut out = Vec::new();
+    let order: Vec<(&String, (f64, f64))> = e.order.iter().filter_map(|n| Some((n, mean(n)?))).collect();
+    if order.len() > 1 {
+        let text: Vec<String> = order.iter().map(|(n, (m, s))| format!("{n} {:.1} ± {:.1}", 100.0 * m, 100.0 * s)).collect();
+        let broken: Vec<String> =
+            order.windows(2).filter(|w| w[0].1 .0 < w[1].1 .0).map(|w| format!("{} is below {}", w[0].0, w[1].0)).collect();
+        let how = if broken.is_empty() { "comes out".to_string() } else { format!("does not come out: {}", broken.join(", ")) };
+        out.push(format!("Expected order (mean R@1): {}. It {how}.", text.join(" >= ")));
+    }
+    if let Some(c) = &e.control {
+        if let (Some(rows), Some(controls), Some(bases)) = (table.get(&c.row), table.get(&c.control), table.get(&c.over)) {
+            let gain = |a: &[Finished]| -> Vec<f64> { over_tests(a, 1).iter().zip(over_tests(bases, 1)).map(|(a, b)| a - b).collect() };
+            let ((m, s), (cm, cs)) = (mean_and_spread(&gain(rows)), mean_and_spread(&gain(controls)));
+            let counts = if m > cm + s.max(cs) { "counts as distilled structure" } else { "is not beyond the control" };
+            out.push(format!(
+                "Gain over {}, seed by seed: {} {:+.1} ± {:.1}, control ({}) {:+.1} ± {:.1} points of R@1: the gain {counts}.",
+                c.over, c.row, 100.0 * m, 100.0 * s, c.control, 100.0 * cm, 100.0 * cs
+            ));
+        }
+    }
+    out
+}
+
+/// Mean R@1 of each row with its seeds as dots.
+fn plot(names: &[&str], table: &BTreeMap<String, Vec<Finished>>) -> Result<String> {
+    let mut svg = String::new();
+    {
+        let height = 60 + 34 * names.len() as u32;
+        let root = SVGBackend::with_string(&mut svg, (1000, height)).into_drawing_area();
+        let fail = |e: &dyn std::fmt::Display| anyhow::anyhow!("plot: {e}");
+        root.fill(&WHITE).map_err(|e| fail(&e))?;
+        let most = names.iter().flat_map(|n| over_tests(&table[*n], 1)).fold(0.05, f64::max) * 1.1;
+        let mut chart = ChartBuilder::on(&root)
+            .margin(10)
+            .x_label_area_size(36)
+            .y_label_area_size(190)
+            .build_cartesian_2d(0.0..100.0 * most, 0.0..names.len() as f64)
+            .map_err(|e| fail(&e))?;
+        chart.configure_mesh().disable_y_mesh().disable_y_axis().x_desc("mean R@1 over the tests, per cent").draw().map_err(|e| fail(&e))?;
+        for (i, name) in names.iter().enumerate() {
+            let y = (names.len() - i) as f64 - 0.5;
+            let values = over_tests(&table[*name], 1);
+            let (mean, _) = mean_and_spread(&values);
+            let bar = Rectangle::new([(0.0, y - 0.32), (100.0 * mean, y + 0.32)], RGBColor(120, 160, 210).filled());
+            let dots = values.iter().map(|v| Circle::new((100.0 * v, y), 4, BLACK.filled()));
+            chart.draw_series([bar]).map_err(|e| fail(&e))?;
+            chart.draw_series(dots).map_err(|e| fail(&e))?;
+            let at = (12, 10 + (i as f64 * (f64::from(height) - 56.0) / names.len() as f64 + 12.0) as i32);
+            root.draw_text(name, &("sans-serif", 15).into_text_style(&root), at).map_err(|e| fail(&e))?;
+        }
+        root.present().map_err(|e| fail(&e))?;
+    }
+    Ok(svg)
+}
