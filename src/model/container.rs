@@ -93,6 +93,18 @@ impl RawFile {
     }
 }
 
+/// The float tensors of a weight file of any container, by the file's own names without the prefixes of wrappers.
+///
+/// Errors: a container that is not read; a tensor whose values do not fit its shape or are not finite.
+pub fn read_tensors(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>> {
+    let mut file = RawFile::parse(bytes)?;
+    file.strip_prefixes();
+    // Counters and the like are no floats, and have no values here.
+    let named: Vec<(String, Vec<usize>)> =
+        file.tensors.iter().filter(|(_, r)| !r.values.is_empty()).map(|(n, r)| (n.clone(), r.shape.clone())).collect();
+    named.into_iter().map(|(n, shape)| Ok((n.clone(), file.take_tensor(&n, &shape, "any")?))).collect()
+}
+
 /// Our safetensors, sorted by name, with one string of metadata: the same tensors give the same bytes.
 pub(super) fn write_safetensors(
     tensors: &BTreeMap<String, Tensor>,

@@ -14,6 +14,7 @@ mod superpoint;
 mod weights;
 mod xfeat;
 
+pub use container::read_tensors;
 pub use lightglue::LightGlue;
 pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};

@@ -17,6 +17,7 @@ pub mod rank;
 pub mod recipe;
 pub mod report;
 pub mod sampler;
+pub mod segment;
 pub mod slme;
 pub mod train;
 pub mod work;

@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use structvpr_training::{ablate, bench, drive, finetune, places, work};
+use structvpr_training::{ablate, bench, drive, finetune, places, segment, work};
 
 /// The synthetic street and what is trained on it. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Command {
     Places(places::Args),
     /// Fine-tune ImageNet weights on the synthetic street.
     Finetune(finetune::Args),
+    /// Label maps for the images of a folder, by PSPNet or ESPNetv2.
+    Segment(segment::Args),
     /// Stage 1: train one branch (or a rival) with the triplet loss.
     Stage1(work::Stage1),
     /// Ranks of all training pairs by both branches: groups, weights, audit, report.
@@ -34,10 +36,19 @@ enum Command {
 
 fn main() -> ExitCode {
     let _ = opencv::core::set_num_threads(1);
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: takes numbers, before any other thread is there. Tensors of megabytes come and go with each step: memory that is
+    // given back to the system in between costs as much in page faults as the arithmetic.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
     let result = match Cli::parse().command {
         Command::Bag(args) => drive::run(&args),
         Command::Places(args) => places::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Segment(args) => segment::run(&args),
         Command::Stage1(args) => work::stage1(&args),
         Command::Partition(args) => work::partition(&args),
         Command::Distill(args) => work::distill(&args),

@@ -118,7 +118,7 @@ pub enum Phi {
 
 /// (a, b) of D1, D2 and D3. [ours: chosen so that D1, D2, D3 have different slopes, the mean weights order as the best
 /// constants 8-4-1, and the commonest pair, x = y = 1 in D2, weighs something]
-const SLOPES: [(f64, f64); 3] = [(0.05, 6.0), (0.25, 3.0), (0.1, 1.0)];
+const SLOPES: [(f64, f64); 3] = [(0.05, 6.0), (0.25, 3.0), (0.2, 1.0)];
 
 impl Weighting {
     /// Checks ranges; the error names the field.

@@ -4,12 +4,12 @@ use crate::checkpoint::{Checkpoint, Header, Log, VERSION};
 use crate::data::{progress, Input, Item, Loader, Set};
 use crate::learner::{preprocessing, Kind, Learner, SEGMENTATION, UNFOLD_IMAGES};
 use crate::loss::{distance, triplet, MARGIN};
-use crate::net::normal;
 use crate::optim::{cosine, AdamW, Settings as Adam};
 use crate::rank::{best_ranks, describe, similarities, Recall, Rows};
 use crate::recipe::{Feature, OnNan, Positives, Recipe, Schedule};
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
+use nalgebra::DMatrix;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -95,7 +95,9 @@ impl Job<'_> {
     pub fn run(&self, dir: &Path) -> Result<(Learner, Summary)> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let learner = self.learner()?;
-        let projections = self.projections()?;
+        let resumed = dir.join("checkpoint.safetensors").is_file();
+        // Those of a checkpoint replace these.
+        let projections = if resumed { self.projections(None)? } else { self.projections(Some(&learner))? };
         let mut vars = learner.vars();
         let student = vars.len();
         vars.extend(projections.iter().enumerate().map(|(i, v)| (format!("projection{i}"), v.clone(), vec![])));
@@ -233,10 +235,10 @@ impl Job<'_> {
         }
         let mut rng = self.rng(2, interval as u64);
         // Positives: a few of each query; the pool: those, and some references of the whole set.
-        const POSITIVES: usize = 4;
+        let few = if s.positives == Positives::Best { 4 } else { 1 };
         let choices: Vec<Vec<usize>> = queries
             .iter()
-            .map(|q| self.train.positives[*q].choose_multiple(&mut rng, POSITIVES).copied().collect())
+            .map(|q| self.train.positives[*q].choose_multiple(&mut rng, few).copied().collect())
             .collect();
         let mut pool: BTreeSet<usize> = choices.iter().flatten().copied().collect();
         let all: Vec<usize> = (0..self.train.references.len()).collect();
@@ -436,23 +438,58 @@ impl Job<'_> {
         }
     }
 
-    /// Linear maps from the student's features to the teacher's, for training only [inferred].
-    fn projections(&self) -> Result<Vec<Var>> {
+    /// Linear maps from the student's features to the teacher's, for training only [inferred]. They begin where they map the
+    /// student as it is to the teacher best (ridge regression over some training images): a random map would spend
+    /// the first of the training on itself. [ours]
+    fn projections(&self, learner: Option<&Learner>) -> Result<Vec<Var>> {
         let Some(teaching) = self.teaching else { return Ok(Vec::new()) };
         let shapes: Vec<(usize, usize)> = match self.recipe.distillation.feature {
             Feature::Global => vec![(teaching.teacher.dim(), 448)],
             Feature::Taps => vec![(64, 32), (96, 96), (320, 320)],
             Feature::Relations => vec![],
         };
-        let mut rng = self.rng(3, 0);
-        let var = |(o, i): (usize, usize)| {
-            let std = (1.0 / i as f64).sqrt();
-            let values: Vec<f32> = (0..o * i).map(|_| (std * normal(&mut rng)) as f32).collect();
-            Ok(Var::from_vec(values, (o, i), &Device::Cpu)?)
+        let Some(learner) = learner.filter(|_| !shapes.is_empty()) else {
+            return shapes.into_iter().map(|s| Ok(Var::zeros(s, DType::F32, &Device::Cpu)?)).collect();
         };
-        shapes.into_iter().map(var).collect()
+        let items: Vec<&Item> = self.train.queries.iter().chain(&self.train.references).collect();
+        let chosen: Vec<&Item> = items.choose_multiple(&mut self.rng(3, 0), REGRESSION_IMAGES).copied().collect();
+        let mut rows: Vec<(Vec<f32>, Vec<f32>)> = vec![Default::default(); shapes.len()];
+        for batch in chosen.chunks(32) {
+            let pairs = batch.iter().map(|i| self.loader.get(i)).collect::<Result<Vec<_>>>()?;
+            let forward = |learner: &Learner| {
+                let images = learner.inputs().into_iter().map(|i| self.loader.tensor(&pairs, i)).collect::<Result<Vec<_>>>()?;
+                learner.forward(&images, false)
+            };
+            let (own, theirs) = (forward(learner)?, forward(&teaching.teacher)?);
+            let of = |out: &crate::learner::Output, i: usize| -> Result<Vec<f32>> {
+                let t = if self.recipe.distillation.feature == Feature::Global { &out.descriptor } else { &out.features.pooled[i] };
+                Ok(t.flatten_all()?.to_vec1::<f32>()?)
+            };
+            for (i, (x, y)) in rows.iter_mut().enumerate() {
+                x.extend(of(&own, i)?);
+                y.extend(of(&theirs, i)?);
+            }
+        }
+        shapes
+            .into_iter()
+            .zip(rows)
+            .map(|((o, i), (x, y))| {
+                let matrix = |v: &[f32], columns: usize| DMatrix::from_row_iterator(v.len() / columns, columns, v.iter().map(|v| f64::from(*v)));
+                let (x, y) = (matrix(&x, i), matrix(&y, o));
+                let mut gram = x.transpose() * &x;
+                let ridge = RIDGE * gram.trace() / i as f64;
+                (0..i).for_each(|k| gram[(k, k)] += ridge);
+                let solved = gram.cholesky().context("the student's features are not finite")?.solve(&(x.transpose() * y));
+                // Column-major i x o is row-major o x i.
+                Ok(Var::from_vec(solved.iter().map(|v| *v as f32).collect::<Vec<f32>>(), (o, i), &Device::Cpu)?)
+            })
+            .collect()
     }
 }
+
+/// Images that projections are fitted on, and the ridge over the mean variance.
+const REGRESSION_IMAGES: usize = 768;
+const RIDGE: f64 = 0.1;
 
 /// Recall of a learner on a set.
 pub fn evaluate(learner: &Learner, loader: &Loader, set: &Set) -> Result<Recall> {
@@ -476,3 +513,6 @@ pub fn loader(recipe: &Recipe, sets: &[&Set]) -> Result<Loader> {
 pub fn export(learner: &Learner, path: &Path, trained_on: &str) -> Result<()> {
     crate::checkpoint::write_whole(path, &learner.export(trained_on)?.to_bytes(DType::F32)?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+use super::*;
+use crate::slme::LabelMap;
+use crate::work::Sets;
+use rand::Rng;
+use std::path::PathBuf;
+use structvpr::image::RgbImage;
+
+/// Eight places of noise, seen twice, with label maps.
+fn noise_world(dir: &Path) -> Recipe {
+    let (w, h) = (64usize, 48usize);
+    for side in ["q", "r"] {
+        std::fs::create_dir_all(dir.join(side)).unwrap();
+        std::fs::create_dir_all(dir.join(format!("{side}-labels"))).unwrap();
+        let mut poses = String::from("name,x,y\n");
+        for i in 0..8u64 {
+            let mut rng = ChaCha8Rng::seed_from_u64(i);
+            let rgb = (0..w * h * 3).map(|_| rng.random()).collect();
+            let image = RgbImage::new(w as u32, h as u32, rgb).unwrap();
+            std::fs::write(dir.join(side).join(format!("{i}.png")), image.to_png().unwrap()).unwrap();
+            let ids = (0..w * h).map(|p| ((p % w / 8 + i as usize) % 20) as u8).collect();
+            let map = LabelMap { width: w, height: h, ids }.to_png().unwrap();
+            std::fs::write(dir.join(format!("{side}-labels")).join(format!("{i}.png")), map).unwrap();
+            poses += &format!("{i}.png,{},0\n", i * 100);
+        }
+        std::fs::write(dir.join(side).join("poses.csv"), poses).unwrap();
+    }
+    let d = dir.display();
+    let schedule = "{steps: 8, triplets: 2, refresh: 4, pool: 8, hardest: 3, validate: 1}";
+    Recipe::parse(&format!(
+        "name: noise\ndata:\n  size: [64, 48]\n  labels:\n    - {{images: {d}/q, labels: {d}/q-labels}}\n    - {{images: {d}/r, labels: {d}/r-labels}}\ntrain: ['folder:{d}/q:{d}/r']\nvalidation: ['folder:{d}/q:{d}/r']\ninit: shipped\nrgb: {schedule}\nseg: {schedule}\ndistil: {schedule}\n"
+    ))
+    .unwrap()
+}
+
+fn job<'a>(recipe: &'a Recipe, kind: Kind, sets: &'a Sets, loader: &'a Loader, teaching: Option<&'a Teaching>) -> Job<'a> {
+    let schedule = &recipe.distil;
+    let (train, validation) = (&sets.train, &sets.validation);
+    Job { kind, recipe, schedule, seed: 1, train, validation, loader, teaching, title: String::new() }
+}
+
+/// A teacher whose weight for one query's pair is infinite.
+fn infinite(recipe: &Recipe, sets: &Sets, loader: &Loader) -> Teaching {
+    let teacher = job(recipe, Kind::Seg, sets, loader, None).learner().unwrap();
+    let weights = (0..8).map(|i| ((i, i), if i == 5 { f32::INFINITY } else { 1.0 })).collect();
+    Teaching { teacher, identity: "t".into(), weights }
+}
+
+#[test]
+fn a_loss_that_is_no_number_is_named_and_stops_or_is_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, true, true).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let teaching = infinite(&recipe, &sets, &loader);
+    let out = |n: &str| -> PathBuf { dir.path().join(n) };
+    let said = format!("{:#}", job(&recipe, Kind::Rgb, &sets, &loader, Some(&teaching)).run(&out("a")).err().unwrap());
+    assert!(said.contains("the loss is inf") && said.contains("5.png") && said.contains("step "), "{said}");
+    recipe.on_nan = OnNan::Skip;
+    let (learner, summary) = job(&recipe, Kind::Rgb, &sets, &loader, Some(&teaching)).run(&out("b")).unwrap();
+    assert!(summary.skipped >= 1 && summary.steps == 8, "{summary:?}");
+    assert!(learner.state().unwrap().iter().all(|(_, v)| v.iter().all(|v| v.is_finite())));
+    // What it went through shows in the log, and the skipped steps do not.
+    let log = Log::open(&out("b"), 8).unwrap();
+    let losses = log.lines().iter().filter(|l| l.values.contains_key("loss")).count();
+    assert_eq!(losses, 8 - summary.skipped);
+}
+
+#[test]
+fn a_disk_that_fills_up_stops_a_training_that_goes_on_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let whole = job(&recipe, Kind::Rgb, &sets, &loader, None).run(&dir.path().join("whole")).unwrap().0.state().unwrap();
+    let out = dir.path().join("full");
+    std::fs::create_dir_all(&out).unwrap();
+    // Writing to /dev/full fails as a full disk does.
+    std::os::unix::fs::symlink("/dev/full", out.join("checkpoint.safetensors.tmp")).unwrap();
+    let said = format!("{:#}", job(&recipe, Kind::Rgb, &sets, &loader, None).run(&out).err().unwrap());
+    assert!(said.contains("checkpoint.safetensors") && said.contains("No space left"), "{said}");
+    let again = job(&recipe, Kind::Rgb, &sets, &loader, None).run(&out).unwrap().0.state().unwrap();
+    assert!(again == whole);
+}
+
+#[test]
+fn an_exported_model_describes_as_the_learner_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let (learner, _) = job(&recipe, Kind::Rgb, &sets, &loader, None).run(&dir.path().join("t")).unwrap();
+    let model = structvpr::model::Model::new(learner.export("noise").unwrap()).unwrap();
+    let items: Vec<&Item> = sets.train.queries.iter().collect();
+    let rows = describe(&learner, &loader, &items, |_| ()).unwrap();
+    for (i, item) in items.iter().enumerate() {
+        let image = RgbImage::decode(&std::fs::read(&item.path).unwrap()).unwrap();
+        let d = model.describe(&image).unwrap();
+        let worst = d.as_slice().iter().zip(rows.row(i)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst < 1e-4, "{}: {worst}", item.name);
+    }
+}
+
+#[test]
+fn negatives_are_far_and_positives_near_by_the_papers_rule() {
+    let near = crate::data::Near::default();
+    let at = |x: f64, heading: f64| structvpr::dataset::Located {
+        area: 0,
+        pose: structvpr::dataset::Pose2 { x, y: 0.0, heading_deg: Some(heading) },
+    };
+    assert!(near.positive(&at(0.0, 0.0), &at(12.0, 20.0)) && !near.positive(&at(0.0, 0.0), &at(12.6, 20.0)));
+    assert!(near.positive(&at(0.0, 355.0), &at(10.0, 10.0)), "angles wrap");
+    assert!(!near.positive(&at(0.0, 0.0), &at(0.0, 40.0)));
+    let other = structvpr::dataset::Located { area: 1, ..at(0.0, 0.0) };
+    assert!(!near.positive(&at(0.0, 0.0), &other), "cities never match");
+
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let job = job(&recipe, Kind::Rgb, &sets, &loader, None);
+    let triplets = job.mine(&job.learner().unwrap(), 0).unwrap();
+    assert_eq!(triplets.len(), 8);
+    let mut queries: Vec<usize> = triplets.iter().map(|t| t.query).collect();
+    queries.sort_unstable();
+    assert_eq!(queries, (0..8).collect::<Vec<_>>(), "an epoch sees each query once");
+    for t in &triplets {
+        assert!(sets.train.positives[t.query].contains(&t.positive));
+        assert!(t.negatives.iter().all(|n| !sets.train.near[t.query].contains(n)));
+    }
+}

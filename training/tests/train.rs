@@ -1,0 +1,267 @@
+//! Training through the command line: killed and resumed, both stages, experiments, bad input.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use structvpr::image::RgbImage;
+use structvpr::model::Model;
+
+const BIN: &str = env!("CARGO_BIN_EXE_training");
+
+fn training(arguments: &[&str]) -> Output {
+    Command::new(BIN).args(arguments).output().expect("the binary starts")
+}
+
+fn ok(arguments: &[&str]) -> String {
+    let out = training(arguments);
+    assert!(out.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+fn fails(arguments: &[&str]) -> String {
+    let out = training(arguments);
+    assert_eq!(out.status.code(), Some(1), "{arguments:?}: {}", String::from_utf8_lossy(&out.stdout));
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// A small world: streets under three conditions, with label maps.
+struct World {
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("w").display().to_string();
+        let size = ["--size", "96", "64", "--spacing", "14", "--conditions", "sun,dusk,night"];
+        ok(&[&["places", "--out", &out, "--streets", "100", "2"][..], &size].concat());
+        Self { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// A recipe that trains for a few seconds; `extra` goes to its end.
+    fn recipe(&self, name: &str, extra: &str) -> String {
+        let w = self.text("w");
+        let labels: String =
+            ["sun", "dusk", "night"].map(|c| format!("    - {{images: {w}/{c}/images, labels: {w}/{c}/labels}}\n")).concat();
+        let schedule = "{steps: 12, triplets: 3, refresh: 3, pool: 20, hardest: 5, validate: 2, lr: 1.0e-4}";
+        let text = format!(
+            "name: small\ndata:\n  size: [96, 64]\n  labels:\n{labels}train: ['folder:{w}/dusk/images:{w}/sun/images']\n\
+             near: {{radius_m: 6, angle_deg: 40, negative_m: 12}}\nvalidation: ['folder:{w}/dusk/images:{w}/sun/images,radius=6']\n\
+             tests:\n  night: ['folder:{w}/night/images:{w}/sun/images,radius=6']\ninit: shipped\n\
+             augment: {{photometric: 0.3, day_to_night: 0.2, weather: 0.2, occlusion: 0.3}}\n\
+             rgb: {schedule}\nseg: {schedule}\ndistil: {schedule}\n{extra}"
+        );
+        std::fs::write(self.path(name), text).unwrap();
+        self.text(name)
+    }
+}
+
+/// Everything that a training leaves, by name.
+fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| {
+            let path = e.unwrap().path();
+            (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap())
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+/// Half-written files of a kill aside, both folders hold the same.
+fn same(a: &Path, b: &Path) {
+    let of = |dir: &Path| files(dir).into_iter().filter(|(n, _)| !n.ends_with(".tmp")).collect::<Vec<_>>();
+    let (a, b) = (of(a), of(b));
+    assert_eq!(a.iter().map(|f| &f.0).collect::<Vec<_>>(), b.iter().map(|f| &f.0).collect::<Vec<_>>());
+    for ((name, a), (_, b)) in a.iter().zip(&b) {
+        let at = a.iter().zip(b).position(|(a, b)| a != b);
+        assert!(a.len() == b.len() && at.is_none(), "{name}: {} and {} bytes, first difference at {at:?}", a.len(), b.len());
+    }
+}
+
+#[test]
+fn killed_at_twenty_random_moments_a_training_reaches_the_same_bytes() {
+    let world = World::new();
+    // Gradients of two passes to a step, and a loading thread that runs ahead: both must not show.
+    let recipe = world.recipe("r.yaml", "").to_string();
+    let text = std::fs::read_to_string(&recipe).unwrap().replace("triplets: 3,", "triplets: 3, accumulate: 2,");
+    std::fs::write(&recipe, text).unwrap();
+    let whole = world.text("whole");
+    let began = std::time::Instant::now();
+    ok(&["stage1", "--config", &recipe, "--branch", "multi-task", "--out", &whole]);
+    let took = began.elapsed();
+    let cut = world.text("cut");
+    let arguments = ["stage1", "--config", &recipe, "--branch", "multi-task", "--out", &cut];
+    // Moments from a fixed sequence over the whole length, so that a failure can be run again.
+    let (mut state, mut kills, mut finished) = (0x2545_f491_4f6c_dd1d_u64, 0, false);
+    while kills < 20 {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let after = took.mul_f64((state >> 11) as f64 / (1u64 << 53) as f64);
+        let mut child = Command::new(BIN).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(after);
+        finished |= child.try_wait().unwrap().is_some_and(|s| s.success());
+        // SIGKILL.
+        let _ = child.kill();
+        let _ = child.wait();
+        kills += 1;
+        // What is there is whole at any moment: a finished training begins again from nothing, to be killed some more.
+        if finished {
+            same(Path::new(&cut), Path::new(&whole));
+            std::fs::remove_dir_all(&cut).unwrap();
+            finished = false;
+        }
+    }
+    ok(&arguments);
+    same(Path::new(&cut), Path::new(&whole));
+    let names: Vec<String> = files(Path::new(&whole)).into_iter().map(|f| f.0).collect();
+    for want in ["checkpoint.safetensors", "events.out.tfevents.0.structvpr", "log.jsonl", "model.safetensors", "result.json"] {
+        assert!(names.iter().any(|n| n == want), "{names:?}");
+    }
+    // And without any kill, twice the same.
+    let again = world.text("again");
+    ok(&["stage1", "--config", &recipe, "--branch", "multi-task", "--out", &again]);
+    same(Path::new(&again), Path::new(&whole));
+    // Another seed does not go on here.
+    let said = fails(&["stage1", "--config", &recipe, "--branch", "multi-task", "--out", &again, "--seed", "2"]);
+    assert!(said.contains("checkpoint.safetensors is of another training"), "{said}");
+}
+
+#[test]
+fn both_stages_end_in_a_file_that_the_node_loads() {
+    let world = World::new();
+    let recipe = world.recipe("r.yaml", "");
+    let [seg, rgb, parts, out] = ["seg", "rgb", "parts", "out"].map(|n| world.text(n));
+    let said = ok(&["stage1", "--config", &recipe, "--branch", "seg", "--out", &seg]);
+    assert!(said.contains("night: R@1"), "{said}");
+    ok(&["stage1", "--config", &recipe, "--branch", "rgb", "--out", &rgb]);
+    let said = ok(&["partition", "--config", &recipe, "--seg", &seg, "--rgb", &rgb, "--out", &parts]);
+    assert!(said.contains("seg only") && said.contains("D1"), "{said}");
+    let report = std::fs::read_to_string(world.path("parts/report.html")).unwrap();
+    assert!(report.contains("data:image/jpeg;base64") && report.contains("teacher wrong"));
+    let pairs = std::fs::read_to_string(world.path("parts/pairs.csv")).unwrap();
+    assert!(pairs.starts_with("query,reference,x,y,group\n") && pairs.lines().count() > 20, "{pairs}");
+    ok(&["distill", "--config", &recipe, "--seg", &seg, "--partition", &parts, "--out", &out]);
+    let log = std::fs::read_to_string(world.path("out/log.jsonl")).unwrap();
+    assert!(log.lines().any(|l| l.contains("\"distillation\":0.") && !l.contains("\"distillation\":0.0,")), "{log}");
+    let model = Model::from_bytes(&std::fs::read(world.path("out/model.safetensors")).unwrap()).unwrap();
+    assert_eq!((model.spec().input_width, model.spec().input_height, model.spec().name.as_str()), (96, 64, "small"));
+    let image = structvpr::dataset::list_images(&world.path("w/sun/images")).unwrap()[0].path.clone();
+    model.describe(&RgbImage::decode(&std::fs::read(image).unwrap()).unwrap()).unwrap();
+
+    // The node's file gives the recall that training reported.
+    let result: serde_json::Value = serde_json::from_slice(&std::fs::read(world.path("out/result.json")).unwrap()).unwrap();
+    let w = world.text("w");
+    let data = structvpr::dataset::open(&format!("folder:{w}/night/images:{w}/sun/images,radius=6")).unwrap();
+    let describe = |s: &structvpr::dataset::Sample| model.describe(&RgbImage::decode(&std::fs::read(&s.path).unwrap()).unwrap()).unwrap();
+    let (q, r): (Vec<_>, Vec<_>) = (data.queries.iter().map(describe).collect(), data.references.iter().map(describe).collect());
+    let ranked = structvpr::eval::rank_all(&q, &r, 10).unwrap();
+    let recall = structvpr::eval::recall_at(&ranked, &data.positives, &[1, 10]).recall;
+    for n in [1usize, 10] {
+        let want = result["tests"]["night"]["at"][n.to_string()].as_f64().unwrap();
+        assert!((recall[&n] - want).abs() < 0.03, "R@{n}: {} in the core, {want} in training", recall[&n]);
+    }
+
+    // A partition by another teacher is refused, and so is a folder that is not finished.
+    let said = fails(&["distill", "--config", &recipe, "--seg", &rgb, "--partition", &parts, "--out", &world.text("no")]);
+    assert!(said.contains("checkpoint.safetensors"), "{said}");
+    let longer = world.recipe("longer.yaml", "").to_string();
+    std::fs::write(&longer, std::fs::read_to_string(&longer).unwrap().replace("steps: 12", "steps: 15")).unwrap();
+    let said = fails(&["partition", "--config", &longer, "--seg", &seg, "--rgb", &rgb, "--out", &world.text("no")]);
+    assert!(said.contains("is of 12 of 15 steps"), "{said}");
+}
+
+#[test]
+fn experiments_write_one_table_and_go_on_where_they_were() {
+    let world = World::new();
+    world.recipe("r.yaml", "");
+    let rows = "title: Small\nrecipe: r.yaml\nseeds: [1, 2]\nrows:\n  - {name: None, select: None}\n  - {name: S1, select: S1, phi: one}\n  - {name: weighted S1, feature: taps}\n  - {name: groups, phi: !constant [8, 4, 1, 0]}\n  - {name: relations, select: All, phi: one, feature: relations}\n  - {name: control, teacher: shuffled}\n  - {name: concat-input, kind: concat_input, lr: 5.0e-5}\n  - {name: concat-feat, kind: concat_feat, lr: 5.0e-5}\n  - {name: multi-task, kind: multi_task}\norder: [weighted S1, S1, None]\ncontrol: {row: weighted S1, control: control, over: None}\n";
+    std::fs::write(world.path("e.yaml"), rows).unwrap();
+    let (config, out) = (world.text("e.yaml"), world.text("exp"));
+    let said = ok(&["ablate", "--config", &config, "--out", &out, "--quick", "4"]);
+    assert!(said.contains("| weighted S1 |") && said.contains("Expected order") && said.contains("Gain over None"), "{said}");
+    for file in ["table.md", "table.csv", "table.html"] {
+        assert!(world.path("exp").join(file).is_file(), "{file}");
+    }
+    assert!(std::fs::read_to_string(world.path("exp/table.html")).unwrap().contains("<svg"));
+    // Everything is there: the second run trains nothing and writes the same.
+    let before = std::fs::read(world.path("exp/table.csv")).unwrap();
+    let began = std::time::Instant::now();
+    ok(&["ablate", "--config", &config, "--out", &out, "--quick", "4"]);
+    assert!(std::fs::read(world.path("exp/table.csv")).unwrap() == before);
+    println!("again: {:.1} s", began.elapsed().as_secs_f64());
+    let said = fails(&["ablate", "--config", &config, "--out", &out]);
+    assert!(said.contains("is of another experiment"), "{said}");
+    std::fs::write(world.path("e.yaml"), rows.replace("order: [weighted S1", "order: [weighted S2")).unwrap();
+    assert!(fails(&["ablate", "--config", &config, "--out", &out]).contains("names `weighted S2`"));
+}
+
+#[test]
+fn bad_input_is_named_and_nothing_is_lost() {
+    let world = World::new();
+    let recipe = world.recipe("r.yaml", "");
+    let train = |config: &str, branch: &str, out: &str| {
+        let out = world.text(out);
+        training(&["stage1", "--config", config, "--branch", branch, "--out", &out])
+    };
+    let said = |o: &Output| String::from_utf8_lossy(&o.stderr).into_owned();
+    let labels = structvpr::dataset::list_images(&world.path("w/dusk/labels")).unwrap();
+    let lost = std::fs::read(&labels[3].path).unwrap();
+
+    // An image without its label map: the seg branch ends, rgb does not care; with skip the rest trains.
+    std::fs::remove_file(&labels[3].path).unwrap();
+    let o = train(&recipe, "seg", "a");
+    assert!(o.status.code() == Some(1) && said(&o).contains("no label map") && said(&o).contains(&labels[3].name), "{}", said(&o));
+    assert!(train(&recipe, "rgb", "b").status.success());
+    let data = std::fs::read_to_string(&recipe).unwrap();
+    let skip = |text: &str| {
+        let path = world.text("skip.yaml");
+        std::fs::write(&path, text.replace("  size: [96, 64]\n", "  size: [96, 64]\n  bad_input: skip\n")).unwrap();
+        path
+    };
+    let o = train(&skip(&data), "seg", "c");
+    assert!(o.status.success() && said(&o).contains("left out") && said(&o).contains(&labels[3].name), "{}", said(&o));
+
+    // Label ids outside the mapping.
+    let map = structvpr_training::slme::LabelMap { width: 96, height: 64, ids: vec![77; 96 * 64] };
+    std::fs::write(&labels[3].path, map.to_png().unwrap()).unwrap();
+    let o = train(&recipe, "seg", "d");
+    assert!(o.status.code() == Some(1) && said(&o).contains("label 77") && said(&o).contains(&labels[3].name), "{}", said(&o));
+    let lenient = world.text("lenient.yaml");
+    std::fs::write(&lenient, data.replace("  size: [96, 64]\n", "  size: [96, 64]\n  unknown_labels: other\n")).unwrap();
+    assert!(train(&lenient, "seg", "e").status.success());
+    std::fs::write(&labels[3].path, lost).unwrap();
+
+    // A damaged image in the middle of a training: named; mended, the training goes on from its checkpoint.
+    let images = structvpr::dataset::list_images(&world.path("w/sun/images")).unwrap();
+    let whole = std::fs::read(&images[2].path).unwrap();
+    std::fs::write(&images[2].path, &whole[..whole.len() / 3]).unwrap();
+    let o = train(&recipe, "rgb", "f");
+    assert!(o.status.code() == Some(1) && said(&o).contains(&images[2].name), "{}", said(&o));
+    std::fs::write(&images[2].path, whole).unwrap();
+    assert!(train(&recipe, "rgb", "f").status.success());
+
+    // A set without positives; settings out of range or unknown.
+    for (from, to, want) in [
+        ("radius_m: 6", "radius_m: 0.001", "none of its"),
+        ("lr: 1.0e-4", "lr: 7", "rgb.lr: 7"),
+        ("steps: 12", "step: 12", "step"),
+        ("init: shipped", "init: /nowhere.pth", "/nowhere.pth"),
+        ("name: small", "name: small\nmapping: x", "mapping"),
+        ("size: [96, 64]", "size: [96, 64]\n  mapping: kitti", "`kitti`"),
+    ] {
+        let path = world.text("bad.yaml");
+        std::fs::write(&path, data.replace(from, to)).unwrap();
+        let o = train(&path, "rgb", "g");
+        assert!(o.status.code() == Some(1) && said(&o).contains(want), "{to}: {}", said(&o));
+    }
+}
