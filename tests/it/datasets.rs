@@ -211,6 +211,6 @@ fn a_manifest_matches_by_place_or_by_distance_and_names_what_is_wrong() {
         ("image,side,place\n1.jpg,query,a\n", "no references"),
     ] {
         let said = open_with(text).map(|_| ()).unwrap_err().to_string();
-        assert!(said.contains(want) , "{text}: {said}");
+        assert!(said.contains(want), "{text}: {said}");
     }
 }

@@ -8,7 +8,9 @@ use crate::rank::Recall;
 use crate::recipe::{Feature, Recipe};
 use crate::report::{escape, page};
 use crate::train::Job;
-use crate::work::{audit, finish, fingerprint, ranks, set_threads, stage1_job, summarise, teaching, write_partition, Finished, Ranks, Sets};
+use crate::work::{
+    audit, fingerprint, finish, ranks, set_threads, stage1_job, summarise, teaching, write_partition, Finished, Ranked, Ranks, Sets,
+};
 use anyhow::{bail, ensure, Context, Result};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -31,6 +33,9 @@ pub struct Args {
     /// Run these seeds in place of the file's.
     #[arg(long, value_delimiter = ',')]
     seeds: Vec<u64>,
+    /// Begin from these weights in place of the recipe's: a file, `shipped` or `random`.
+    #[arg(long)]
+    init: Option<String>,
     /// Divide all steps by this: a quick look.
     #[arg(long, default_value_t = 1)]
     quick: usize,
@@ -190,6 +195,7 @@ pub fn run(args: &Args) -> Result<()> {
         experiments.seeds.clone_from(&args.seeds);
     }
     let mut recipe = Recipe::open(&args.config.parent().unwrap_or(Path::new("")).join(&experiments.recipe))?;
+    recipe.init = args.init.clone().unwrap_or(recipe.init);
     for s in [&mut recipe.rgb, &mut recipe.seg, &mut recipe.distil] {
         s.steps = (s.steps / args.quick).max(1);
     }
@@ -257,8 +263,8 @@ fn run_row(
     recipe: &Recipe,
     seed: u64,
     sets: &Sets,
-    shuffled: Option<&(Sets, Vec<(usize, usize, usize, usize)>)>,
-    pairs: &[(usize, usize, usize, usize)],
+    shuffled: Option<&(Sets, Vec<Ranked>)>,
+    pairs: &[Ranked],
     dir: &Path,
     folder: &Path,
 ) -> Result<Finished> {
@@ -374,7 +380,13 @@ fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<Stri
             let counts = if m > cm + s.max(cs) { "counts as distilled structure" } else { "is not beyond the control" };
             out.push(format!(
                 "Gain over {}, seed by seed: {} {:+.1} ± {:.1}, control ({}) {:+.1} ± {:.1} points of R@1: the gain {counts}.",
-                c.over, c.row, 100.0 * m, 100.0 * s, c.control, 100.0 * cm, 100.0 * cs
+                c.over,
+                c.row,
+                100.0 * m,
+                100.0 * s,
+                c.control,
+                100.0 * cm,
+                100.0 * cs
             ));
         }
     }
@@ -396,7 +408,13 @@ fn plot(names: &[&str], table: &BTreeMap<String, Vec<Finished>>) -> Result<Strin
             .y_label_area_size(190)
             .build_cartesian_2d(0.0..100.0 * most, 0.0..names.len() as f64)
             .map_err(|e| fail(&e))?;
-        chart.configure_mesh().disable_y_mesh().disable_y_axis().x_desc("mean R@1 over the tests, per cent").draw().map_err(|e| fail(&e))?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .disable_y_axis()
+            .x_desc("mean R@1 over the tests, per cent")
+            .draw()
+            .map_err(|e| fail(&e))?;
         for (i, name) in names.iter().enumerate() {
             let y = (names.len() - i) as f64 - 0.5;
             let values = over_tests(&table[*name], 1);

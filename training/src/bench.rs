@@ -138,7 +138,11 @@ pub fn run(args: &Args) -> Result<()> {
         let theirs = median(theirs);
         println!("PyTorch          {:8.0} ms   ratio {:.2}", 1e3 * theirs, ours / theirs);
         let (a, t) = (losses[0].0, losses[0].1.unwrap_or(f64::NAN));
-        println!("loss of the first step: ours {a:.6}, PyTorch {t:.6}; of the last: {:.6}, {:.6}", losses[losses.len() - 1].0, losses[losses.len() - 1].1.unwrap_or(f64::NAN));
+        println!(
+            "loss of the first step: ours {a:.6}, PyTorch {t:.6}; of the last: {:.6}, {:.6}",
+            losses[losses.len() - 1].0,
+            losses[losses.len() - 1].1.unwrap_or(f64::NAN)
+        );
         ensure!((a - t).abs() < 1e-4, "the first losses differ: {a} and {t}");
     }
     if args.naive {

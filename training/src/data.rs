@@ -236,7 +236,11 @@ impl Set {
             return Ok(());
         }
         if !deep {
-            bail!("{}{}", all[0], if all.len() > 1 { format!(" (and {} more; `bad_input: skip` leaves them out)", all.len() - 1) } else { String::new() });
+            bail!(
+                "{}{}",
+                all[0],
+                if all.len() > 1 { format!(" (and {} more; `bad_input: skip` leaves them out)", all.len() - 1) } else { String::new() }
+            );
         }
         let mut moved = vec![usize::MAX; self.references.len()];
         let mut kept = Vec::new();

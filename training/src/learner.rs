@@ -127,7 +127,11 @@ impl Learner {
     pub fn forward(&self, images: &[Tensor], train: bool) -> Result<Output> {
         let mut all = Vec::new();
         for ((branch, _), image) in self.branches.iter().zip(images) {
-            all.push(if self.pooling == Pooling::Average { average(branch.forward(image, train)?)? } else { branch.forward(image, train)? });
+            all.push(if self.pooling == Pooling::Average {
+                average(branch.forward(image, train)?)?
+            } else {
+                branch.forward(image, train)?
+            });
         }
         let descriptor = match all.as_slice() {
             [one] => one.descriptor.clone(),

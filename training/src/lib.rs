@@ -3,6 +3,7 @@
 pub mod ablate;
 pub mod augment;
 pub mod bench;
+pub mod cameras;
 pub mod checkpoint;
 pub mod data;
 pub mod drive;

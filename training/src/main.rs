@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use structvpr_training::{ablate, bench, drive, finetune, places, segment, work};
+use structvpr_training::{ablate, bench, cameras, drive, finetune, places, segment, work};
 
 /// The synthetic street and what is trained on it. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 #[derive(Parser)]
@@ -20,6 +20,8 @@ enum Command {
     Places(places::Args),
     /// Fine-tune ImageNet weights on the synthetic street.
     Finetune(finetune::Args),
+    /// Fixed cameras, a folder each, as a data set of day against night.
+    Cameras(cameras::Args),
     /// Label maps for the images of a folder, by PSPNet or ESPNetv2.
     Segment(segment::Args),
     /// Stage 1: train one branch (or a rival) with the triplet loss.
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Bag(args) => drive::run(&args),
         Command::Places(args) => places::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Cameras(args) => cameras::run(&args),
         Command::Segment(args) => segment::run(&args),
         Command::Stage1(args) => work::stage1(&args),
         Command::Partition(args) => work::partition(&args),

@@ -34,6 +34,9 @@ pub struct AdamW {
     steps: u64,
 }
 
+/// First and second moments of a variable.
+pub type Moments<'a> = (&'a [f32], &'a [f32]);
+
 /// Values per task.
 const CHUNK: usize = 1 << 14;
 
@@ -92,7 +95,7 @@ impl AdamW {
     }
 
     /// Steps taken, and each variable's two moments.
-    pub fn state(&self) -> (u64, Vec<(&[f32], &[f32])>) {
+    pub fn state(&self) -> (u64, Vec<Moments<'_>>) {
         (self.steps, self.slots.iter().map(|s| (&s.first[..], &s.second[..])).collect())
     }
 

@@ -41,12 +41,19 @@ fn bar(what: &str, c: &Complementarity) -> String {
         ("seg only", c.seg_only, "#e65100"),
         ("neither", c.neither, "#757575"),
     ] {
-        let _ = write!(html, "<span style=\"width:{:.2}%;background:{colour}\" title=\"{name} {:.1} %\">{name} {:.1} %</span>", share(n), share(n), share(n));
+        let _ = write!(
+            html,
+            "<span style=\"width:{:.2}%;background:{colour}\" title=\"{name} {:.1} %\">{name} {:.1} %</span>",
+            share(n),
+            share(n),
+            share(n)
+        );
     }
     html + "</div>"
 }
 
-const MEANING: [&str; 4] = ["teacher right, student wrong", "both right, teacher at least as well", "both right, student better", "teacher wrong"];
+const MEANING: [&str; 4] =
+    ["teacher right, student wrong", "both right, teacher at least as well", "both right, student better", "teacher wrong"];
 
 /// Example pairs per group.
 const EXAMPLES: usize = 3;
@@ -54,7 +61,10 @@ const EXAMPLES: usize = 3;
 /// The report of a partition.
 pub fn partition(ranks: &Ranks, s: &PartitionSummary, recipe: &Recipe, set: &Set) -> Result<String> {
     let n_t = recipe.distillation.weighting.n_t;
-    let mut body = format!("<p>{} training pairs; a retrieval is right up to rank {n_t}. x: rank by the seg branch, y: by the rgb branch.</p>", s.pairs);
+    let mut body = format!(
+        "<p>{} training pairs; a retrieval is right up to rank {n_t}. x: rank by the seg branch, y: by the rgb branch.</p>",
+        s.pairs
+    );
     if s.at_1.nothing_to_distil() {
         body += "<p class=\"warn\"><b>Nothing to distil:</b> the seg branch is right where rgb is wrong in fewer than one query of a hundred.</p>";
     }
@@ -72,19 +82,19 @@ pub fn partition(ranks: &Ranks, s: &PartitionSummary, recipe: &Recipe, set: &Set
     body += "</table>";
     for (g, meaning) in GROUPS.iter().zip(MEANING) {
         let _ = write!(body, "<h2>{g:?}: {meaning}</h2><div class=\"pairs\">");
-        let mut own: Vec<_> = ranks.pairs.iter().filter(|p| group(p.2, p.3, n_t) == *g).collect();
+        let mut own: Vec<_> = ranks.pairs.iter().filter(|p| group(p.x, p.y, n_t) == *g).collect();
         if own.is_empty() {
             body += "<p>none</p>";
         }
         // The clearest of its kind first.
         own.sort_by_key(|p| match g {
-            Group::D1 => (std::cmp::Reverse(p.3), p.2),
-            Group::D2 => (std::cmp::Reverse(p.3 - p.2), p.2),
-            Group::D3 => (std::cmp::Reverse(p.2 - p.3), p.3),
-            Group::D4 => (std::cmp::Reverse(p.2), p.3),
+            Group::D1 => (std::cmp::Reverse(p.y), p.x),
+            Group::D2 => (std::cmp::Reverse(p.y - p.x), p.x),
+            Group::D3 => (std::cmp::Reverse(p.x - p.y), p.y),
+            Group::D4 => (std::cmp::Reverse(p.x), p.y),
         });
-        for (q, r, x, y) in own.into_iter().take(EXAMPLES) {
-            let (q, r) = (&set.queries[*q], &set.references[*r]);
+        for p in own.into_iter().take(EXAMPLES) {
+            let (q, r, x, y) = (&set.queries[p.query], &set.references[p.reference], p.x, p.y);
             let _ = write!(
                 body,
                 "<figure>{}{}<figcaption>{} &rarr; {}<br>x = {x}, y = {y}</figcaption></figure>",

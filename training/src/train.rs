@@ -141,7 +141,7 @@ impl Job<'_> {
         while header.step < steps {
             let triplets = self.mine(&learner, header.step / self.schedule.refresh)?;
             self.interval(&learner, &projections, &mut [&mut optimiser, &mut second], &triplets, &mut header, &mut log, &bar)?;
-            if header.step == steps || header.step / self.schedule.refresh % self.schedule.validate == 0 {
+            if header.step == steps || (header.step / self.schedule.refresh).is_multiple_of(self.schedule.validate) {
                 self.keep_best(&learner, &mut header, &mut best, &mut log)?;
             }
             log.write()?;
@@ -236,10 +236,8 @@ impl Job<'_> {
         let mut rng = self.rng(2, interval as u64);
         // Positives: a few of each query; the pool: those, and some references of the whole set.
         let few = if s.positives == Positives::Best { 4 } else { 1 };
-        let choices: Vec<Vec<usize>> = queries
-            .iter()
-            .map(|q| self.train.positives[*q].choose_multiple(&mut rng, few).copied().collect())
-            .collect();
+        let choices: Vec<Vec<usize>> =
+            queries.iter().map(|q| self.train.positives[*q].choose_multiple(&mut rng, few).copied().collect()).collect();
         let mut pool: BTreeSet<usize> = choices.iter().flatten().copied().collect();
         let all: Vec<usize> = (0..self.train.references.len()).collect();
         pool.extend(all.choose_multiple(&mut rng, s.pool));
@@ -405,7 +403,13 @@ impl Job<'_> {
     }
 
     /// How far the student is from the teacher, per pair [paper: L2 distance of features].
-    fn imitation(&self, projections: &[Var], student: &crate::learner::Output, teacher: &crate::learner::Output, n: usize) -> Result<Tensor> {
+    fn imitation(
+        &self,
+        projections: &[Var],
+        student: &crate::learner::Output,
+        teacher: &crate::learner::Output,
+        n: usize,
+    ) -> Result<Tensor> {
         let of_pair = |d: Tensor| -> Result<Tensor> { Ok(((d.narrow(0, 0, n)? + d.narrow(0, n, n)?)? / 2.0)?) };
         match self.recipe.distillation.feature {
             Feature::Global => {
@@ -474,7 +478,8 @@ impl Job<'_> {
             .into_iter()
             .zip(rows)
             .map(|((o, i), (x, y))| {
-                let matrix = |v: &[f32], columns: usize| DMatrix::from_row_iterator(v.len() / columns, columns, v.iter().map(|v| f64::from(*v)));
+                let matrix =
+                    |v: &[f32], columns: usize| DMatrix::from_row_iterator(v.len() / columns, columns, v.iter().map(|v| f64::from(*v)));
                 let (x, y) = (matrix(&x, i), matrix(&y, o));
                 let mut gram = x.transpose() * &x;
                 let ridge = RIDGE * gram.trace() / i as f64;

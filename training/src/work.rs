@@ -128,7 +128,11 @@ pub fn finish(learner: &Learner, summary: &Summary, loader: &Loader, sets: &Sets
         tests,
     };
     if matches!(learner.kind, Kind::Rgb | Kind::MultiTask) {
-        export(learner, &dir.join("model.safetensors"), &format!("{}: {} steps on {}", recipe.name, summary.steps, recipe.train.join(" ")))?;
+        export(
+            learner,
+            &dir.join("model.safetensors"),
+            &format!("{}: {} steps on {}", recipe.name, summary.steps, recipe.train.join(" ")),
+        )?;
     }
     write_whole(&dir.join("result.json"), serde_json::to_string_pretty(&finished)?.as_bytes())?;
     Ok(finished)
@@ -140,7 +144,14 @@ fn say(finished: &Finished, dir: &Path) {
         println!("  {} steps left out, their loss was not a number", finished.skipped_steps);
     }
     for (name, r) in &finished.tests {
-        println!("  {name}: R@1 {:.3}  R@5 {:.3}  R@10 {:.3}  ({} queries, {} without a match)", r.get(1), r.get(5), r.get(10), r.queries, r.without);
+        println!(
+            "  {name}: R@1 {:.3}  R@5 {:.3}  R@10 {:.3}  ({} queries, {} without a match)",
+            r.get(1),
+            r.get(5),
+            r.get(10),
+            r.queries,
+            r.without
+        );
     }
     if dir.join("model.safetensors").is_file() {
         println!("  the node's file: {}", dir.join("model.safetensors").display());
@@ -194,10 +205,25 @@ pub struct PairRow {
     pub group: Group,
 }
 
+/// A training pair, by its rows in the training set, and its ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ranked {
+    pub query: usize,
+    pub reference: usize,
+    /// By the seg branch, from 1.
+    pub x: usize,
+    /// By the rgb branch, from 1.
+    pub y: usize,
+}
+
+/// The ranks of pairs, as the weighting wants them.
+fn xy(pairs: &[Ranked]) -> Vec<(usize, usize)> {
+    pairs.iter().map(|p| (p.x, p.y)).collect()
+}
+
 /// All training pairs with their ranks, and what the branches know of each query.
 pub struct Ranks {
-    /// (query, reference, x, y)
-    pub pairs: Vec<(usize, usize, usize, usize)>,
+    pub pairs: Vec<Ranked>,
     /// At one candidate, and at N_t.
     pub first: Complementarity,
     pub within: Complementarity,
@@ -218,7 +244,7 @@ pub fn ranks(seg: &Learner, rgb: &Learner, loader: &Loader, set: &Set, n_t: usiz
     let mut pairs = Vec::new();
     for (q, positives) in set.positives.iter().enumerate() {
         let of = |branch: usize, r: usize| rank(&similar[branch][q * n..][..n], r);
-        pairs.extend(positives.iter().map(|r| (q, *r, of(0, *r), of(1, *r))));
+        pairs.extend(positives.iter().map(|r| Ranked { query: q, reference: *r, x: of(0, *r), y: of(1, *r) }));
     }
     let with: Vec<usize> = (0..set.queries.len()).filter(|q| !set.positives[*q].is_empty()).collect();
     let of = |branch: usize| with.iter().map(|q| best[branch][*q]).collect::<Vec<_>>();
@@ -241,7 +267,7 @@ pub struct PartitionSummary {
 /// Sizes of the groups and mean weights.
 pub fn summarise(ranks: &Ranks, recipe: &Recipe, teacher: &str) -> PartitionSummary {
     let w = &recipe.distillation.weighting;
-    let xy: Vec<(usize, usize)> = ranks.pairs.iter().map(|p| (p.2, p.3)).collect();
+    let xy = xy(&ranks.pairs);
     let weights = w.weights(&xy);
     let all = xy.len().max(1) as f64;
     let counts = counts(&xy, w.n_t);
@@ -311,9 +337,10 @@ pub fn write_partition(ranks: &Ranks, summary: &PartitionSummary, recipe: &Recip
     std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     let mut csv = csv::Writer::from_writer(Vec::new());
     let n_t = recipe.distillation.weighting.n_t;
-    for (q, r, x, y) in &ranks.pairs {
-        let (query, reference) = (sets.train.queries[*q].path.display().to_string(), sets.train.references[*r].path.display().to_string());
-        csv.serialize(PairRow { query, reference, x: *x, y: *y, group: group(*x, *y, n_t) })?;
+    for p in &ranks.pairs {
+        let path = |item: &crate::data::Item| item.path.display().to_string();
+        let (query, reference) = (path(&sets.train.queries[p.query]), path(&sets.train.references[p.reference]));
+        csv.serialize(PairRow { query, reference, x: p.x, y: p.y, group: group(p.x, p.y, n_t) })?;
     }
     write_whole(&dir.join("pairs.csv"), &csv.into_inner().map_err(|e| anyhow::anyhow!("{e}"))?)?;
     write_whole(&dir.join("partition.json"), serde_json::to_string_pretty(summary)?.as_bytes())?;
@@ -336,20 +363,19 @@ pub fn partition(args: &Partition) -> Result<()> {
 }
 
 /// The weights of the training pairs, by the recipe's weighting.
-pub fn teaching(teacher: Learner, pairs: &[(usize, usize, usize, usize)], recipe: &Recipe) -> Result<Teaching> {
-    let xy: Vec<(usize, usize)> = pairs.iter().map(|p| (p.2, p.3)).collect();
-    let weights = recipe.distillation.weighting.weights(&xy);
+pub fn teaching(teacher: Learner, pairs: &[Ranked], recipe: &Recipe) -> Result<Teaching> {
+    let weights = recipe.distillation.weighting.weights(&xy(pairs));
     let mut hash = Sha256::new();
     hash.update(fingerprint(&teacher)?);
     for (p, w) in pairs.iter().zip(&weights) {
         hash.update(format!("{p:?} {w}\n"));
     }
     let identity = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    let weights = pairs.iter().zip(weights).map(|(p, w)| ((p.0, p.1), w as f32)).collect();
+    let weights = pairs.iter().zip(weights).map(|(p, w)| ((p.query, p.reference), w as f32)).collect();
     Ok(Teaching { teacher, identity, weights })
 }
 
-fn read_pairs(path: &Path, set: &Set) -> Result<Vec<(usize, usize, usize, usize)>> {
+fn read_pairs(path: &Path, set: &Set) -> Result<Vec<Ranked>> {
     let text = std::fs::read(path).with_context(|| path.display().to_string())?;
     let rows = |items: &[crate::data::Item]| -> std::collections::HashMap<String, usize> {
         items.iter().enumerate().map(|(i, item)| (item.path.display().to_string(), i)).collect()
@@ -361,7 +387,8 @@ fn read_pairs(path: &Path, set: &Set) -> Result<Vec<(usize, usize, usize, usize)
         let find = |of: &std::collections::HashMap<String, usize>, name: &String| {
             of.get(name).copied().with_context(|| format!("{}: {name} is not in the recipe's training set", path.display()))
         };
-        out.push((find(&queries, &row.query)?, find(&references, &row.reference)?, row.x, row.y));
+        let (query, reference) = (find(&queries, &row.query)?, find(&references, &row.reference)?);
+        out.push(Ranked { query, reference, x: row.x, y: row.y });
     }
     ensure!(!out.is_empty(), "{} holds no pair", path.display());
     Ok(out)

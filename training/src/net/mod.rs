@@ -2,8 +2,8 @@
 
 pub mod depthwise;
 pub mod gemm;
-pub mod norm;
 pub mod naive;
+pub mod norm;
 mod op;
 pub mod pointwise;
 pub mod real;

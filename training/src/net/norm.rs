@@ -138,7 +138,9 @@ impl<'a, T: Real> Source<'a, T> {
         let first = channel * stride + at;
         match self {
             Self::Plain(raw) => out.copy_from_slice(&raw[first..first + out.len()]),
-            Self::Normed { raw, norm, top } => activate(&raw[first..first + out.len()], norm.scale[channel], norm.shift[channel], *top, out),
+            Self::Normed { raw, norm, top } => {
+                activate(&raw[first..first + out.len()], norm.scale[channel], norm.shift[channel], *top, out)
+            }
         }
     }
 }

@@ -150,8 +150,7 @@ impl CustomOp2 for Gem {
         fn both<T: Real>(x: &Tensor, p: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
             let (_, _, h, w) = x.dims4()?;
             let values = x.flatten_all()?.to_vec1::<T>()?;
-            let (dx, dp) =
-                gem_backward(&values, p.to_vec1::<T>()?[0], &grad.contiguous()?.flatten_all()?.to_vec1::<T>()?, (h * w).max(1));
+            let (dx, dp) = gem_backward(&values, p.to_vec1::<T>()?[0], &grad.contiguous()?.flatten_all()?.to_vec1::<T>()?, (h * w).max(1));
             Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), Some(Tensor::from_vec(vec![dp], 1, x.device())?)))
         }
         match x.dtype() {

@@ -169,7 +169,8 @@ fn f32_equals_f64_and_does_not_depend_on_the_number_of_threads() {
         assert!(one == run(threads), "{threads} threads");
     }
     let b = branch::<f64>(Arch::MobileNetV2, 3, Padding::Same, 5);
-    let w32: Vec<f64> = branch::<f32>(Arch::MobileNetV2, 3, Padding::Same, 5).weights.to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect();
+    let w32: Vec<f64> =
+        branch::<f32>(Arch::MobileNetV2, 3, Padding::Same, 5).weights.to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect();
     b.weights.set(&Tensor::from_vec(w32, b.trunk.weights, &Device::Cpu).unwrap()).unwrap();
     let x = image::<f32>(1, 3, 4, 64, 96).to_dtype(DType::F64).unwrap();
     let wide = b.forward(&x, true).unwrap().descriptor.to_vec2::<f64>().unwrap();

@@ -1,7 +1,7 @@
 //! ESPNetv2 (<https://arxiv.org/abs/1811.11431>) with its segmentation decoder: a small segmenter that a CPU runs, in the
 //! layout of the authors' Cityscapes checkpoints.
 
-use super::layers::{Conv, Map, Reader};
+use super::layers::{Conv, Map, Norm, Reader};
 use super::Segmenter;
 use anyhow::Result;
 
@@ -18,7 +18,7 @@ struct Unit {
     project: Conv,
     project_act: Vec<f32>,
     branches: Vec<Conv>,
-    norm: (Vec<f32>, Vec<f32>),
+    norm: Norm,
     norm_act: Vec<f32>,
     expand: Conv,
     act: Vec<f32>,
@@ -108,11 +108,11 @@ impl Down {
 struct Pyramid {
     project: Cbr,
     stages: Vec<Conv>,
-    norm: (Vec<f32>, Vec<f32>),
+    norm: Norm,
     norm_act: Vec<f32>,
     merge: Cbr,
     out: Conv,
-    last: Option<((Vec<f32>, Vec<f32>), Vec<f32>)>,
+    last: Option<(Norm, Vec<f32>)>,
 }
 
 impl Pyramid {
@@ -167,7 +167,7 @@ impl Pyramid {
 struct Merge {
     weigh: Conv,
     expand: Cbr,
-    norm: (Vec<f32>, Vec<f32>),
+    norm: Norm,
     act: Vec<f32>,
 }
 
@@ -218,7 +218,9 @@ impl EspNetV2 {
             channels.push(downs[level - 2].image_expand.outputs());
         }
         let mut units = |level: usize, dilations| -> Result<Vec<Unit>> {
-            (0..UNITS[level - 3]).map(|i| Unit::new(&mut r, &format!("base_net.level{level}.{i}"), channels[level - 1], 1, dilations)).collect()
+            (0..UNITS[level - 3])
+                .map(|i| Unit::new(&mut r, &format!("base_net.level{level}.{i}"), channels[level - 1], 1, dilations))
+                .collect()
         };
         let (thirds, fourths) = (units(3, [1, 2, 3, 4])?, units(4, [1, 1, 2, 3])?);
         let mut pyramids = Vec::new();

@@ -57,7 +57,7 @@ impl Map {
     }
 
     /// `x * scale + shift`, per channel.
-    pub fn affine(self, norm: &(Vec<f32>, Vec<f32>)) -> Self {
+    pub fn affine(self, norm: &Norm) -> Self {
         self.each(|c, p| p.iter_mut().for_each(|v| *v = *v * norm.0[c] + norm.1[c]))
     }
 
@@ -129,6 +129,9 @@ impl Map {
     }
 }
 
+/// Scale and shift per channel.
+pub type Norm = (Vec<f32>, Vec<f32>);
+
 /// A convolution with its bias, whose batch norm is folded.
 #[derive(Clone, Debug)]
 pub struct Conv {
@@ -150,7 +153,12 @@ impl Conv {
     ///
     /// Errors: another number of channels.
     pub fn forward(&self, x: &Map) -> Result<Map> {
-        ensure!(x.channels == self.per_group * self.groups, "a convolution of {} channels got {}", self.per_group * self.groups, x.channels);
+        ensure!(
+            x.channels == self.per_group * self.groups,
+            "a convolution of {} channels got {}",
+            self.per_group * self.groups,
+            x.channels
+        );
         let (k, s, d) = (self.kernel, self.stride, self.dilation);
         let pad = d * (k - 1) / 2;
         let size = |n: usize| (n + 2 * pad - d * (k - 1) - 1) / s + 1;
@@ -207,7 +215,15 @@ impl Conv {
                         }
                     }
                     let weight = &self.weight[g * per * inputs..][..per * inputs];
-                    product(per, n, inputs, &mut result[g * per * n..][..per * n], false, View::rows(weight, inputs), View::rows(&patches, n));
+                    product(
+                        per,
+                        n,
+                        inputs,
+                        &mut result[g * per * n..][..per * n],
+                        false,
+                        View::rows(weight, inputs),
+                        View::rows(&patches, n),
+                    );
                 }
                 result
             })
@@ -254,7 +270,7 @@ impl Reader {
     }
 
     /// Scale and shift of a batch norm.
-    pub fn norm(&mut self, name: &str, n: usize) -> Result<(Vec<f32>, Vec<f32>)> {
+    pub fn norm(&mut self, name: &str, n: usize) -> Result<Norm> {
         let mut get = |part: &str| Ok::<_, anyhow::Error>(self.take(&format!("{name}.{part}"), &[n])?.1);
         let (gamma, beta, mean, var) = (get("weight")?, get("bias")?, get("running_mean")?, get("running_var")?);
         let scale: Vec<f32> = gamma.iter().zip(&var).map(|(g, v)| g / (v + EPS).sqrt()).collect();
@@ -267,8 +283,11 @@ impl Reader {
     pub fn conv(&mut self, name: &str, norm: Option<&str>, inputs: usize, stride: usize, dilation: usize) -> Result<Conv> {
         let (shape, mut weight) = self.take(&format!("{name}.weight"), &[0, 0, 0, 0])?;
         let (outputs, per_group, kernel) = (shape[0], shape[1], shape[2]);
-        let divides = per_group > 0 && inputs % per_group == 0 && outputs > 0 && outputs % (inputs / per_group) == 0;
-        ensure!(divides && kernel == shape[3] && kernel % 2 == 1, "weights: `{name}.weight` of shape {shape:?} does not fit {inputs} channels");
+        let divides = per_group > 0 && inputs.is_multiple_of(per_group) && outputs > 0 && outputs.is_multiple_of(inputs / per_group);
+        ensure!(
+            divides && kernel == shape[3] && kernel % 2 == 1,
+            "weights: `{name}.weight` of shape {shape:?} does not fit {inputs} channels"
+        );
         let mut bias = vec![0.0; outputs];
         if self.has(&format!("{name}.bias")) {
             bias = self.take(&format!("{name}.bias"), &[outputs])?.1;

@@ -105,7 +105,9 @@ pub fn open(model: &str, weights: &[PathBuf]) -> Result<(Box<dyn Segmenter>, (us
         ("espnetv2" | "pspnet", files) => {
             bail!("--model {model} wants {} weight file(s), got {}", if model == "pspnet" { 2 } else { 1 }, files.len())
         }
-        (other, _) => bail!("--model {other} (known: pspnet, espnetv2; label maps of any other segmenter are read as PNG with a mapping file)"),
+        (other, _) => {
+            bail!("--model {other} (known: pspnet, espnetv2; label maps of any other segmenter are read as PNG with a mapping file)")
+        }
     }
 }
 
@@ -113,7 +115,12 @@ pub fn run(args: &Args) -> Result<()> {
     set_threads(args.threads)?;
     let (segmenter, default) = open(&args.model, &args.weights)?;
     let size = args.size.as_ref().map_or(default, |s| (s[0], s[1]));
-    ensure!([size.0, size.1].iter().all(|s| s % 32 == 0 && (32..=4096).contains(s)), "--size {} {}: multiples of 32 up to 4096", size.0, size.1);
+    ensure!(
+        [size.0, size.1].iter().all(|s| s % 32 == 0 && (32..=4096).contains(s)),
+        "--size {} {}: multiples of 32 up to 4096",
+        size.0,
+        size.1
+    );
     let images = list_images(&args.images)?;
     ensure!(!images.is_empty(), "{} holds no JPEG or PNG", args.images.display());
     let target = |s: &Sample| args.out.join(&s.name).with_extension("png");

@@ -126,7 +126,8 @@ fn camvid_accuracy(weights: &Path, data: &Path, every: usize) -> f64 {
     let (mut right, mut all) = (0u64, 0u64);
     for name in std::fs::read_to_string(data.join("test.txt")).unwrap().lines().step_by(every) {
         let stem = Path::new(name.split_whitespace().next().unwrap()).file_stem().unwrap().to_string_lossy().into_owned();
-        let find = |dir: &str| ["png", "jpg"].map(|e| data.join(dir).join(format!("{stem}.{e}"))).into_iter().find(|p| p.is_file()).unwrap();
+        let find =
+            |dir: &str| ["png", "jpg"].map(|e| data.join(dir).join(format!("{stem}.{e}"))).into_iter().find(|p| p.is_file()).unwrap();
         let image = RgbImage::decode(&std::fs::read(find("images")).unwrap()).unwrap();
         let truth = LabelMap::decode(&std::fs::read(find("labels")).unwrap()).unwrap();
         let got = label(&*net, &image, size).unwrap();
