@@ -9,7 +9,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -161,7 +161,8 @@ impl Set {
                 }
                 own.push(row);
             }
-            let mut with = 0;
+            // Of each city (or the whole set): an example, and how many of its queries have a positive.
+            let mut cities: BTreeMap<usize, (String, usize, usize)> = BTreeMap::new();
             for (i, q) in data.queries.iter().enumerate() {
                 let place = data.query_places.get(i).map(&mut area);
                 let given = || data.positives[i].iter().map(|r| own[*r]).collect::<Vec<_>>();
@@ -182,13 +183,20 @@ impl Set {
                     v.sort_unstable();
                     v.dedup();
                 }
-                with += usize::from(!positives.is_empty());
+                let city = cities.entry(data.query_places.get(i).map_or(0, |l| l.area)).or_insert_with(|| (q.name.clone(), 0, 0));
+                city.1 += 1;
+                city.2 += usize::from(!positives.is_empty());
                 set.queries.push(item(q, settings));
                 set.positives.push(positives);
                 set.near.push(neighbours);
                 query_places.push(place);
             }
-            ensure!(with > 0, "`{text}`: none of its {} queries has a positive among its references", data.queries.len());
+            for (example, queries, _) in cities.values().filter(|c| c.2 == 0) {
+                let said =
+                    format!("`{text}`: none of the {queries} queries of the city of `{example}` has a positive among its references");
+                ensure!(settings.bad_input == BadInput::Skip, "{said}");
+                set.left_out.push(said);
+            }
             let protocol = match near {
                 Some(n) if !data.query_places.is_empty() => format!("d / {} m + angle / {} degrees < 1", n.radius_m, n.angle_deg),
                 _ => data.protocol,
@@ -233,7 +241,7 @@ impl Set {
         let (queries, references) = (bad(&self.queries), bad(&self.references));
         let all: Vec<String> = queries.iter().chain(&references).flatten().cloned().collect();
         if all.is_empty() {
-            return Ok(());
+            return ensure_positives(self);
         }
         if !deep {
             bail!(
@@ -256,9 +264,8 @@ impl Set {
         self.positives = keep.iter().map(|i| renumber(&self.positives[*i])).collect();
         self.near = keep.iter().map(|i| renumber(&self.near[*i])).collect();
         self.queries = keep.iter().map(|i| self.queries[*i].clone()).collect();
-        self.left_out = all;
-        ensure!(self.positives.iter().any(|p| !p.is_empty()), "no usable query has a positive; first: {}", self.left_out[0]);
-        Ok(())
+        self.left_out.extend(all);
+        ensure_positives(self)
     }
 
     /// The same set with every query's and reference's label map exchanged for another's of the set: the negative control.
@@ -276,6 +283,12 @@ impl Set {
             item.labels = item.labels.as_ref().and_then(|l| map.get(l).cloned());
         }
     }
+}
+
+fn ensure_positives(set: &Set) -> Result<()> {
+    let first = set.left_out.first().map_or(String::new(), |l| format!("; first left out: {l}"));
+    ensure!(set.positives.iter().any(|p| !p.is_empty()), "no usable query has a positive{first}");
+    Ok(())
 }
 
 fn item(sample: &dataset::Sample, settings: &Settings) -> Item {
@@ -413,4 +426,91 @@ pub fn progress(n: usize, what: &str) -> ProgressBar {
     }
     bar.set_message(what.to_string());
     bar
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// MSLS with two cities; the references of the second are far away.
+    fn msls(dir: &std::path::Path) {
+        for (city, side, keys, x) in [
+            ("cph", "query", ["a", "b"], 0.0),
+            ("cph", "database", ["c", "d"], 5.0),
+            ("sf", "query", ["e", "f"], 0.0),
+            ("sf", "database", ["g", "h"], 9000.0),
+        ] {
+            let folder = dir.join("train_val").join(city).join(side);
+            std::fs::create_dir_all(folder.join("images")).unwrap();
+            let (mut raw, mut place, mut tasks) = (
+                String::from(",key,lon,lat,ca,captured_at,pano\n"),
+                String::from(",key,easting,northing,unique_cluster,control_panel,night,view_direction\n"),
+                String::from(",all\n"),
+            );
+            for (i, key) in keys.iter().enumerate() {
+                let image = RgbImage::new(32, 32, vec![i as u8 * 40; 3 * 32 * 32]).unwrap();
+                std::fs::write(folder.join("images").join(format!("{key}.jpg")), image.to_jpeg(90).unwrap()).unwrap();
+                raw += &format!("{i},{key},0,0,{},2019,False\n", if *key == "d" { 90 } else { 350 });
+                place += &format!("{i},{key},{x},{},1,False,False,Forward\n", i as f64 * 3.0);
+                tasks += &format!("{i},True\n");
+            }
+            std::fs::write(folder.join("raw.csv"), raw).unwrap();
+            std::fs::write(folder.join("postprocessed.csv"), place).unwrap();
+            std::fs::write(folder.join("subtask_index.csv"), tasks).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_city_without_positives_is_named_and_can_be_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        msls(dir.path());
+        let specs = [format!("msls:{}", dir.path().display())];
+        let mut settings = Settings { size: [32, 32], ..Settings::default() };
+        let said = Set::open(&specs, Some(&Near::default()), &settings, false).unwrap_err().to_string();
+        assert!(said.contains("2 queries of the city of `sf/e`"), "{said}");
+        settings.bad_input = BadInput::Skip;
+        let set = Set::open(&specs, Some(&Near::default()), &settings, false).unwrap();
+        assert!(set.left_out.len() == 1 && set.left_out[0].contains("sf/e"), "{:?}", set.left_out);
+        // d looks another way: near, so no negative, but no positive by the papers' rule.
+        assert_eq!((&set.positives[0], &set.near[0]), (&vec![0], &vec![0, 1]));
+        assert!(set.positives[2].is_empty());
+        // A city alone has nothing at all.
+        let said = Set::open(&[format!("{},cities=sf", specs[0])], Some(&Near::default()), &settings, false).unwrap_err().to_string();
+        assert!(said.contains("no usable query has a positive"), "{said}");
+    }
+
+    #[test]
+    fn sets_are_joined_and_what_they_share_counts_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path();
+        for side in ["day", "dusk", "rain"] {
+            std::fs::create_dir_all(d.join(side)).unwrap();
+            for i in 0..3u8 {
+                let image = RgbImage::new(32, 32, vec![i * 70; 3 * 32 * 32]).unwrap();
+                std::fs::write(d.join(side).join(format!("{i}.png")), image.to_png().unwrap()).unwrap();
+            }
+            std::fs::write(d.join(side).join("poses.csv"), "name,x,y\n0.png,0,0\n1.png,8,0\n2.png,100,0\n").unwrap();
+        }
+        let spec = |q: &str| format!("folder:{0}/{q}:{0}/day", d.display());
+        let near = Near { radius_m: 6.0, negative_m: 12.0, ..Near::default() };
+        let set = Set::open(&[spec("dusk"), spec("rain"), spec("day")], Some(&near), &Settings::default(), false);
+        // By day each image's only near reference is itself, which is not its own other view.
+        assert!(set.unwrap_err().to_string().contains("3 queries of the city of `0.png`"));
+        let set = Set::open(&[spec("dusk"), spec("rain")], Some(&near), &Settings::default(), false).unwrap();
+        assert_eq!((set.queries.len(), set.references.len()), (6, 3));
+        assert_eq!((&set.positives[3], &set.near[3]), (&vec![0], &vec![0, 1]));
+        let said = Set::open(&[spec("dusk")], Some(&near), &Settings::default(), true).unwrap_err().to_string();
+        assert!(said.contains("training segment"), "{said}");
+        // Another labelling of the same images shares no cache entry with the first.
+        let mut labelled = set.clone();
+        labelled.queries.iter_mut().for_each(|i| i.labels = Some(i.path.with_extension("label")));
+        let before = labelled.clone();
+        labelled.shuffle_labels(1);
+        let of = |s: &Set| s.queries.iter().map(|i| i.labels.clone().unwrap()).collect::<Vec<_>>();
+        let sorted = |mut v: Vec<PathBuf>| {
+            v.sort();
+            v
+        };
+        assert!(of(&labelled) != of(&before) && sorted(of(&labelled)) == sorted(of(&before)));
+    }
 }

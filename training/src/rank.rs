@@ -72,6 +72,14 @@ pub fn rank(similarities: &[f32], r: usize) -> usize {
     1 + similarities.iter().enumerate().filter(|(i, s)| **s > own || (**s == own && *i < r)).count()
 }
 
+/// The rank of `r` as if the query's other positives (sorted) were not there. [ours: where a place has many images, all of
+/// them right, most would otherwise stand below rank N_t by each other's doing]
+pub fn rank_among_wrong(similarities: &[f32], r: usize, positives: &[usize]) -> usize {
+    let own = similarities[r];
+    let above = |i: usize| similarities[i] > own || (similarities[i] == own && i < r);
+    rank(similarities, r) - positives.iter().filter(|p| **p != r && above(**p)).count()
+}
+
 /// The rank of each query's best positive; `usize::MAX` where it has none.
 pub fn best_ranks(queries: &Rows, references: &Rows, positives: &[Vec<usize>]) -> Result<Vec<usize>> {
     let all = similarities(queries, references)?;
@@ -124,6 +132,9 @@ mod tests {
         let r = rows(&[0.6, 0.8, 1.0, 0.0, 1.0, 0.0]);
         let ranks = best_ranks(&q, &r, &[vec![2], vec![0], vec![]]).unwrap();
         assert_eq!(ranks, [2, 1, usize::MAX], "a tie goes to the lower index");
+        let similar = [0.9, 0.5, 0.8, 0.7];
+        assert_eq!((rank(&similar, 3), rank_among_wrong(&similar, 3, &[0, 3])), (3, 2));
+        assert_eq!((rank(&similar, 1), rank_among_wrong(&similar, 1, &[1])), (4, 4));
         let recall = Recall::of(&ranks);
         assert_eq!((recall.get(1), recall.get(5), recall.queries, recall.without), (0.5, 1.0, 2, 1));
         assert_eq!(Recall::of(&[]).get(1), 0.0);

@@ -4,7 +4,7 @@ use crate::checkpoint::write_whole;
 use crate::data::{progress, Loader, Set};
 use crate::learner::{Kind, Learner};
 use crate::partition::{counts, group, Complementarity, Group, GROUPS};
-use crate::rank::{best_ranks, rank, similarities, Recall};
+use crate::rank::{best_ranks, rank_among_wrong, similarities, Recall};
 use crate::recipe::Recipe;
 use crate::report;
 use crate::train::{describe_set, evaluate, export, loader, Job, Summary, Teaching};
@@ -229,7 +229,8 @@ pub struct Ranks {
     pub within: Complementarity,
 }
 
-/// The ranks of every training pair by both branches, over all training references [paper].
+/// The ranks of every training pair by both branches, over all training references but the query's other positives
+/// (see [`rank_among_wrong`]) [paper, but for that].
 pub fn ranks(seg: &Learner, rgb: &Learner, loader: &Loader, set: &Set, n_t: usize) -> Result<Ranks> {
     let bar = progress(2 * (set.queries.len() + set.references.len()), "describing");
     let mut similar = Vec::new();
@@ -243,7 +244,7 @@ pub fn ranks(seg: &Learner, rgb: &Learner, loader: &Loader, set: &Set, n_t: usiz
     let n = set.references.len();
     let mut pairs = Vec::new();
     for (q, positives) in set.positives.iter().enumerate() {
-        let of = |branch: usize, r: usize| rank(&similar[branch][q * n..][..n], r);
+        let of = |branch: usize, r: usize| rank_among_wrong(&similar[branch][q * n..][..n], r, positives);
         pairs.extend(positives.iter().map(|r| Ranked { query: q, reference: *r, x: of(0, *r), y: of(1, *r) }));
     }
     let with: Vec<usize> = (0..set.queries.len()).filter(|q| !set.positives[*q].is_empty()).collect();

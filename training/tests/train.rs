@@ -252,7 +252,7 @@ fn bad_input_is_named_and_nothing_is_lost() {
 
     // A set without positives; settings out of range or unknown.
     for (from, to, want) in [
-        ("radius_m: 6", "radius_m: 0.001", "none of its"),
+        ("radius_m: 6", "radius_m: 0.001", "none of the"),
         ("lr: 1.0e-4", "lr: 7", "rgb.lr: 7"),
         ("steps: 12", "step: 12", "step"),
         ("init: shipped", "init: /nowhere.pth", "/nowhere.pth"),
@@ -264,4 +264,56 @@ fn bad_input_is_named_and_nothing_is_lost() {
         let o = train(&path, "rgb", "g");
         assert!(o.status.code() == Some(1) && said(&o).contains(want), "{to}: {}", said(&o));
     }
+}
+
+/// Random weights of the layout are enough to see files come and go.
+#[test]
+fn segment_makes_what_is_missing_and_names_what_it_cannot_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let d = dir.path();
+    let text = |n: &str| d.join(n).display().to_string();
+    std::fs::create_dir_all(d.join("images/street")).unwrap();
+    for i in 0..3u8 {
+        let rgb = (0..64 * 48 * 3).map(|p| (p as u8).wrapping_mul(i + 3)).collect();
+        std::fs::write(d.join(format!("images/street/{i}.png")), RgbImage::new(64, 48, rgb).unwrap().to_png().unwrap()).unwrap();
+    }
+    // The layout's names and shapes, with small numbers.
+    struct Raw(Vec<usize>, Vec<u8>);
+    impl safetensors::View for Raw {
+        fn dtype(&self) -> safetensors::Dtype {
+            safetensors::Dtype::F32
+        }
+        fn shape(&self) -> &[usize] {
+            &self.0
+        }
+        fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+            std::borrow::Cow::Borrowed(&self.1)
+        }
+        fn data_len(&self) -> usize {
+            self.1.len()
+        }
+    }
+    let tensors = include_str!("golden/espnetv2.txt").lines().map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let name = words.next().unwrap().to_string();
+        let shape: Vec<usize> = words.map(|w| w.parse().unwrap()).collect();
+        let n: usize = shape.iter().product();
+        (name, Raw(shape, (0..n).flat_map(|i| (0.1 + 0.01 * (i % 7) as f32).to_le_bytes()).collect()))
+    });
+    std::fs::write(d.join("w.safetensors"), safetensors::serialize(tensors.collect::<Vec<_>>(), None).unwrap()).unwrap();
+    let (images, out, weights) = (text("images"), text("labels"), text("w.safetensors"));
+    let size = ["--size", "64", "64"];
+    let base = [&["segment", "--images", &images, "--out", &out, "--model", "espnetv2", "--weights", &weights][..], &size].concat();
+    assert!(ok(&base).contains("3 label maps made, 0 were there"));
+    let map = structvpr_training::slme::LabelMap::decode(&std::fs::read(d.join("labels/street/1.png")).unwrap()).unwrap();
+    assert_eq!((map.width, map.height), (64, 48), "of the image's size");
+    std::fs::remove_file(d.join("labels/street/1.png")).unwrap();
+    std::fs::write(d.join("images/street/9.png"), b"\x89PNG nonsense").unwrap();
+    let said = fails(&base);
+    assert!(said.contains("9.png"), "{said}");
+    assert!(d.join("labels/street/1.png").is_file(), "what came before is kept");
+    assert!(ok(&[&base[..], &["--skip-bad"]].concat()).contains("0 label maps made, 3 were there, 1 images left out"));
+    assert!(fails(&["segment", "--images", &images, "--out", &out, "--model", "espnetv2", "--weights", "/nowhere.pth"])
+        .contains("/nowhere.pth"));
+    assert!(fails(&[&base[..base.len() - 3], &["--size", "100", "64"]].concat()).contains("multiples of 32"));
 }
