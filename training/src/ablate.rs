@@ -430,3 +430,67 @@ fn plot(names: &[&str], table: &BTreeMap<String, Vec<Finished>>) -> Result<Strin
     }
     Ok(svg)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_experiments_of_the_repository_are_valid() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("experiments");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.to_string_lossy().ends_with("_recipe.yaml") {
+                Recipe::open(&path).unwrap();
+                continue;
+            }
+            let e = Experiments::parse(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            assert!(e.seeds.len() >= 3 && dir.join(&e.recipe).is_file(), "{}", path.display());
+            seen += 1;
+        }
+        assert!(seen >= 2);
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_experiments_file_is_named() {
+        let good = "title: t\nrecipe: r\nseeds: [1]\nrows:\n  - {name: a}\n  - {name: b}\n";
+        assert!(Experiments::parse(good).is_ok());
+        for (text, want) in [
+            (good.replace("name: b", "name: a"), "two rows are called `a`"),
+            (format!("{good}order: [c]\n"), "names `c`; rows: a, b"),
+            (good.replace("seeds: [1]", "seeds: []"), "must not be empty"),
+            (good.replace("name: b", "name: 'rgb, stage 1'"), "cannot be called"),
+            (good.replace("name: b", "nom: b"), "nom"),
+        ] {
+            let said = format!("{:#}", Experiments::parse(&text).unwrap_err());
+            assert!(said.contains(want), "{text}: {said}");
+        }
+    }
+
+    fn row(recalls: &[f64]) -> Vec<Finished> {
+        let recall = |r: f64| Recall { at: [(1, r)].into(), queries: 100, without: 0 };
+        let finished = |r: &f64| Finished {
+            kind: Kind::Rgb,
+            validation_recall_5: 0.0,
+            best_step: 0,
+            steps: 0,
+            skipped_steps: 0,
+            tests: [("a".to_string(), recall(*r)), ("b".to_string(), recall(*r + 0.1))].into(),
+        };
+        recalls.iter().map(finished).collect()
+    }
+
+    #[test]
+    fn order_and_control_are_judged_over_seeds() {
+        let (mean, std) = mean_and_spread(&over_tests(&row(&[0.2, 0.4]), 1));
+        assert!((mean - 0.35).abs() < 1e-12 && (std - 0.02f64.sqrt()).abs() < 1e-12);
+        let file = "title: t\nrecipe: r\nseeds: [1]\nrows: [{name: w}, {name: n}, {name: c}]\norder: [w, n]\ncontrol: {row: w, control: c, over: n}\n";
+        let e = Experiments::parse(file).unwrap();
+        let table = |w: &[f64], n: &[f64], c: &[f64]| BTreeMap::from([("w".into(), row(w)), ("n".into(), row(n)), ("c".into(), row(c))]);
+        let said = verdict(&e, &table(&[0.5, 0.52], &[0.3, 0.31], &[0.3, 0.32]));
+        assert!(said[0].ends_with("It comes out.") && said[1].contains("counts as distilled structure"), "{said:?}");
+        let said = verdict(&e, &table(&[0.3, 0.31], &[0.35, 0.31], &[0.36, 0.35]));
+        assert!(said[0].contains("does not come out: w is below n") && said[1].contains("is not beyond the control"), "{said:?}");
+    }
+}

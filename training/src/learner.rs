@@ -37,6 +37,8 @@ impl Kind {
 
 /// Factor of the decoder's cross-entropy [paper, supplement: 0.1].
 pub const SEGMENTATION: f64 = 0.1;
+/// Powers of GeM that training may reach: from the mean to nearly the maximum. [ours]
+const POWERS: std::ops::RangeInclusive<f32> = 1.0..=30.0;
 /// Channels inside the decoder. [ours]
 const DECODER: usize = 32;
 
@@ -188,6 +190,18 @@ impl Learner {
             let values = get(&name)?;
             ensure!(values.len() == branch.trunk.statistics, "`{name}` has {} values, not {}", values.len(), branch.trunk.statistics);
             branch.set_statistics(&values);
+        }
+        Ok(())
+    }
+
+    /// Keeps each power of GeM where it is a mean: a step too long would make it zero or negative, and everything after it NaN.
+    pub fn keep_powers_usable(&self) -> Result<()> {
+        for (branch, _) in &self.branches {
+            let p = branch.power.to_vec1::<f32>()?[0];
+            // NaN stays: the next loss names it.
+            if !(POWERS.contains(&p) || p.is_nan()) {
+                branch.power.set(&Tensor::new(&[p.clamp(*POWERS.start(), *POWERS.end())], &Device::Cpu)?)?;
+            }
         }
         Ok(())
     }

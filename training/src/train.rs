@@ -82,7 +82,9 @@ impl Job<'_> {
             hash.update(std::fs::read(&path).with_context(|| path.display().to_string())?);
         }
         for item in self.train.queries.iter().chain(&self.train.references) {
-            hash.update(format!("{}|{:?}\n", item.path.display(), item.labels));
+            // Label maps that it does not look at may be anywhere.
+            let labels = item.labels.as_ref().filter(|_| self.kind.needs_labels() || self.teaching.is_some());
+            hash.update(format!("{}|{labels:?}\n", item.path.display()));
         }
         hash.update(self.teaching.map_or("", |t| &t.identity));
         Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
@@ -108,16 +110,11 @@ impl Job<'_> {
         let mut second = AdamW::new(settings, slots(&vars[student..]));
 
         let path = dir.join("checkpoint.safetensors");
-        let identity = self.identity()?;
-        let mut header = Header { version: VERSION, identity: identity.clone(), ..Header::default() };
+        let mut header = Header { version: VERSION, identity: self.identity()?, ..Header::default() };
         let mut best: Vec<(String, Vec<f32>)> = Vec::new();
         if path.is_file() {
             let mut c = Checkpoint::read(&path)?;
-            ensure!(
-                c.header.identity == identity,
-                "{} is of another training (other settings, data, weights or seed): name another folder, or remove this one",
-                path.display()
-            );
+            self.own(&c, &path)?;
             learner.restore(|n| c.take(n))?;
             for (i, v) in projections.iter().enumerate() {
                 v.set(&Tensor::from_vec(c.take(&format!("projection{i}"))?, v.shape(), &Device::Cpu)?)?;
@@ -171,9 +168,20 @@ impl Job<'_> {
         let path = dir.join("checkpoint.safetensors");
         let mut c = Checkpoint::read(&path)?;
         ensure!(c.header.step >= self.schedule.steps, "{} is of {} of {} steps", path.display(), c.header.step, self.schedule.steps);
+        self.own(&c, &path)?;
         let learner = self.learner()?;
         learner.restore(|n| c.take(&format!("best.{n}"))).with_context(|| path.display().to_string())?;
         Ok(learner)
+    }
+
+    /// Errors: the checkpoint is of another training.
+    fn own(&self, c: &Checkpoint, path: &Path) -> Result<()> {
+        ensure!(
+            c.header.identity == self.identity()?,
+            "{} is of another training (other settings, data, weights or seed): name another folder, or remove this one",
+            path.display()
+        );
+        Ok(())
     }
 
     fn checkpoint(
@@ -367,6 +375,7 @@ impl Job<'_> {
                     let own = sums.split_off(optimisers[0].vars().count());
                     optimisers[0].apply(&sums, lr)?;
                     optimisers[1].apply(&own, lr * self.recipe.distillation.projection_lr)?;
+                    learner.keep_powers_usable()?;
                     log.add(header.step, [("loss", losses), ("distillation", taught), ("lr", lr)]);
                 }
                 bar.set_message(format!("{} loss {losses:.4}", self.title));

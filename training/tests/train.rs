@@ -87,6 +87,32 @@ fn same(a: &Path, b: &Path) {
     }
 }
 
+/// Runs a training of length `took`, killed `kills` times at moments over its whole length, to its end; every time that it
+/// ends, `cut` must hold what `whole` holds.
+fn killed(arguments: &[&str], took: std::time::Duration, kills: usize, cut: &Path, whole: &Path) {
+    // Moments from a fixed sequence, so that a failure can be run again.
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    for _ in 0..kills {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let after = took.mul_f64((state >> 11) as f64 / (1u64 << 53) as f64);
+        let mut child = Command::new(BIN).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(after);
+        let finished = child.try_wait().unwrap().is_some_and(|s| s.success());
+        // SIGKILL.
+        let _ = child.kill();
+        let _ = child.wait();
+        // A finished training begins again from nothing, to be killed some more.
+        if finished {
+            same(cut, whole);
+            std::fs::remove_dir_all(cut).unwrap();
+        }
+    }
+    ok(arguments);
+    same(cut, whole);
+}
+
 #[test]
 fn killed_at_twenty_random_moments_a_training_reaches_the_same_bytes() {
     let world = World::new();
@@ -100,29 +126,7 @@ fn killed_at_twenty_random_moments_a_training_reaches_the_same_bytes() {
     let took = began.elapsed();
     let cut = world.text("cut");
     let arguments = ["stage1", "--config", &recipe, "--branch", "multi-task", "--out", &cut];
-    // Moments from a fixed sequence over the whole length, so that a failure can be run again.
-    let (mut state, mut kills, mut finished) = (0x2545_f491_4f6c_dd1d_u64, 0, false);
-    while kills < 20 {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let after = took.mul_f64((state >> 11) as f64 / (1u64 << 53) as f64);
-        let mut child = Command::new(BIN).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        std::thread::sleep(after);
-        finished |= child.try_wait().unwrap().is_some_and(|s| s.success());
-        // SIGKILL.
-        let _ = child.kill();
-        let _ = child.wait();
-        kills += 1;
-        // What is there is whole at any moment: a finished training begins again from nothing, to be killed some more.
-        if finished {
-            same(Path::new(&cut), Path::new(&whole));
-            std::fs::remove_dir_all(&cut).unwrap();
-            finished = false;
-        }
-    }
-    ok(&arguments);
-    same(Path::new(&cut), Path::new(&whole));
+    killed(&arguments, took, 20, Path::new(&cut), Path::new(&whole));
     let names: Vec<String> = files(Path::new(&whole)).into_iter().map(|f| f.0).collect();
     for want in ["checkpoint.safetensors", "events.out.tfevents.0.structvpr", "log.jsonl", "model.safetensors", "result.json"] {
         assert!(names.iter().any(|n| n == want), "{names:?}");
@@ -150,7 +154,18 @@ fn both_stages_end_in_a_file_that_the_node_loads() {
     assert!(report.contains("data:image/jpeg;base64") && report.contains("teacher wrong"));
     let pairs = std::fs::read_to_string(world.path("parts/pairs.csv")).unwrap();
     assert!(pairs.starts_with("query,reference,x,y,group\n") && pairs.lines().count() > 20, "{pairs}");
+    let began = std::time::Instant::now();
     ok(&["distill", "--config", &recipe, "--seg", &seg, "--partition", &parts, "--out", &out]);
+    let took = began.elapsed();
+    // The projections and their optimiser come back, too.
+    let cut = world.text("cut");
+    killed(
+        &["distill", "--config", &recipe, "--seg", &seg, "--partition", &parts, "--out", &cut],
+        took,
+        4,
+        Path::new(&cut),
+        Path::new(&out),
+    );
     let log = std::fs::read_to_string(world.path("out/log.jsonl")).unwrap();
     assert!(log.lines().any(|l| l.contains("\"distillation\":0.") && !l.contains("\"distillation\":0.0,")), "{log}");
     let model = Model::from_bytes(&std::fs::read(world.path("out/model.safetensors")).unwrap()).unwrap();
@@ -173,7 +188,7 @@ fn both_stages_end_in_a_file_that_the_node_loads() {
 
     // A partition by another teacher is refused, and so is a folder that is not finished.
     let said = fails(&["distill", "--config", &recipe, "--seg", &rgb, "--partition", &parts, "--out", &world.text("no")]);
-    assert!(said.contains("checkpoint.safetensors"), "{said}");
+    assert!(said.contains("checkpoint.safetensors is of another training"), "{said}");
     let longer = world.recipe("longer.yaml", "").to_string();
     std::fs::write(&longer, std::fs::read_to_string(&longer).unwrap().replace("steps: 12", "steps: 15")).unwrap();
     let said = fails(&["partition", "--config", &longer, "--seg", &seg, "--rgb", &rgb, "--out", &world.text("no")]);

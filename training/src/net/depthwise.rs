@@ -2,7 +2,8 @@
 //! zero-padded buffer, normalised and activated on the way and split into even and odd columns at stride 2, so that all
 //! inner loops run over contiguous memory without a border case.
 
-use super::norm::{mask_and_sum, Before, GradSums, Moments, Norm, Source};
+use super::norm::{mask_and_sum, Before, GradSums, Moments, Source};
+use super::pointwise::Into;
 use super::real::{fma, kernel, Real};
 use rayon::prelude::*;
 use structvpr::model::kernels::Pad;
@@ -189,16 +190,6 @@ pub fn forward<T: Real>(weight: &[T], x: Source<T>, shape: &Shape, out: &mut [T]
             },
         )
         .collect()
-}
-
-/// Where the gradient of a depthwise layer's input goes.
-pub enum Into<'a, T> {
-    /// Nowhere: the input is an image.
-    Nowhere,
-    /// To a map that a batch norm and an activation made (see [`super::pointwise::Into`]).
-    Normed { grad: &'a mut [T], raw: &'a [T], norm: &'a Norm<T>, top: T },
-    /// To a linear map; `add` is what reaches it another way (a residual).
-    Plain { grad: &'a mut [T], add: Option<&'a [T]> },
 }
 
 /// Backward of [`forward`]: adds to `weight_grad`, fills `into`; sums per channel where that is a normed map.

@@ -78,7 +78,7 @@ pub fn forward<T: Real>(weight: &[T], x: &impl Columns<T>, columns: usize, out: 
     }
 }
 
-/// Where a product's gradient goes.
+/// Where the gradient of a convolution's input goes.
 pub enum Into<'a, T> {
     /// Nowhere: the input is an image.
     Nowhere,

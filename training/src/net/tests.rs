@@ -258,7 +258,7 @@ proptest! {
         let before = Before::new(&g, &raw, &unit, &sums, n * oh * ow);
         let mut dx = vec![f64::NAN; x.len()];
         let mut dk = vec![0.0; c * 9];
-        depthwise::backward(&k, &mut dk, &before, source, &shape, depthwise::Into::Normed { grad: &mut dx, raw: &x, norm: &norm, top: 6.0 });
+        depthwise::backward(&k, &mut dk, &before, source, &shape, pointwise::Into::Normed { grad: &mut dx, raw: &x, norm: &norm, top: 6.0 });
         let (mut want_dx, mut want_dk) = (vec![0.0; x.len()], vec![0.0; c * 9]);
         for ch in 0..c {
             let mut all = Vec::new();

@@ -405,7 +405,7 @@ impl Trunk {
                 (Some(expand), Some(layer)) => {
                     let mut expanded = pool.take(layer.raw.len());
                     let source = Source::Normed { raw: &layer.raw, norm: &layer.norm, top };
-                    let target = depthwise::Into::Normed { grad: &mut expanded, raw: &layer.raw, norm: &layer.norm, top };
+                    let target = pointwise::Into::Normed { grad: &mut expanded, raw: &layer.raw, norm: &layer.norm, top };
                     let w = conv.weight.clone();
                     let sums = depthwise::backward(&weights[w.clone()], &mut grad[w], &before, source, &shape, target);
                     norm_grad(expand, &sums, &mut grad);
@@ -423,9 +423,9 @@ impl Trunk {
                 _ => {
                     let w = conv.weight.clone();
                     let target = match input {
-                        Source::Plain(_) if last => depthwise::Into::Nowhere,
-                        Source::Plain(_) => depthwise::Into::Plain { grad: &mut into, add },
-                        Source::Normed { raw, norm, top } => depthwise::Into::Normed { grad: &mut into, raw, norm, top },
+                        Source::Plain(_) if last => pointwise::Into::Nowhere,
+                        Source::Plain(_) => pointwise::Into::Plain { grad: &mut into, add },
+                        Source::Normed { raw, norm, top } => pointwise::Into::Normed { grad: &mut into, raw, norm, top },
                     };
                     let sums = depthwise::backward(&weights[w.clone()], &mut grad[w], &before, input, &shape, target);
                     if matches!(input, Source::Normed { .. }) {

@@ -128,3 +128,24 @@ fn negatives_are_far_and_positives_near_by_the_papers_rule() {
         assert!(t.negatives.iter().all(|n| !sets.train.near[t.query].contains(n)));
     }
 }
+
+#[test]
+fn a_power_that_a_step_throws_out_of_range_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = noise_world(dir.path());
+    // AdamW's first step moves every value by the learning rate: from 3 to below 0, or far up.
+    recipe.distil.lr = 50.0;
+    recipe.distil.steps = 1;
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let job = job(&recipe, Kind::Rgb, &sets, &loader, None);
+    let (learner, projections) = (job.learner().unwrap(), Vec::new());
+    let vars: Vec<_> = learner.vars().into_iter().map(|(_, v, d)| (v, d)).collect();
+    let mut optimisers = (AdamW::new(Adam::default(), vars), AdamW::new(Adam::default(), vec![]));
+    let triplets = job.mine(&learner, 0).unwrap();
+    let (mut header, mut log) = (Header::default(), Log::open(dir.path(), 0).unwrap());
+    let bar = indicatif::ProgressBar::hidden();
+    job.interval(&learner, &projections, &mut [&mut optimisers.0, &mut optimisers.1], &triplets, &mut header, &mut log, &bar).unwrap();
+    let power = learner.state().unwrap().into_iter().find(|(n, _)| n == "branch0.power").unwrap().1[0];
+    assert!(power == 1.0 || power == 30.0, "{power}");
+}
