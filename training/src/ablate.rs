@@ -36,6 +36,9 @@ pub struct Args {
     /// Begin from these weights in place of the recipe's: a file, `shipped` or `random`.
     #[arg(long)]
     init: Option<String>,
+    /// Spoil this share of the label maps (`data.wrong_labels`).
+    #[arg(long)]
+    wrong_labels: Option<f64>,
     /// Divide all steps by this: a quick look.
     #[arg(long, default_value_t = 1)]
     quick: usize,
@@ -195,10 +198,12 @@ pub fn run(args: &Args) -> Result<()> {
         experiments.seeds.clone_from(&args.seeds);
     }
     let mut recipe = Recipe::open(&args.config.parent().unwrap_or(Path::new("")).join(&experiments.recipe))?;
+    recipe.data.wrong_labels = args.wrong_labels.unwrap_or(recipe.data.wrong_labels);
     recipe.init = args.init.clone().unwrap_or(recipe.init);
     for s in [&mut recipe.rgb, &mut recipe.seg, &mut recipe.distil] {
         s.steps = (s.steps / args.quick).max(1);
     }
+    recipe.validate()?;
     let sets = Sets::open(&recipe, true, true)?;
     let loader = sets.loader(&recipe)?;
     let shuffled_wanted = experiments.rows.iter().any(|r| r.teacher == Teacher::Shuffled);

@@ -60,6 +60,9 @@ pub struct Settings {
     pub labels: Vec<Labels>,
     pub bad_input: BadInput,
     pub unknown_labels: UnknownLabels,
+    /// Share of the images whose label map is exchanged for that of another image of the set: a segmenter that fails now and
+    /// then. For experiments. [ours]
+    pub wrong_labels: f64,
     /// Memory for decoded images, MiB.
     pub cache_mib: usize,
 }
@@ -73,6 +76,7 @@ impl Default for Settings {
             labels: Vec::new(),
             bad_input: BadInput::Stop,
             unknown_labels: UnknownLabels::Error,
+            wrong_labels: 0.0,
             cache_mib: 2048,
         }
     }
@@ -214,6 +218,9 @@ impl Set {
             );
         }
         set.check(settings, labels)?;
+        if settings.wrong_labels > 0.0 {
+            set.exchange_labels(settings.wrong_labels, 0);
+        }
         Ok(set)
     }
 
@@ -270,17 +277,24 @@ impl Set {
 
     /// The same set with every query's and reference's label map exchanged for another's of the set: the negative control.
     pub fn shuffle_labels(&mut self, seed: u64) {
+        self.exchange_labels(1.0, seed);
+    }
+
+    /// The same for a share of the label maps.
+    fn exchange_labels(&mut self, share: f64, seed: u64) {
         use rand::seq::SliceRandom;
+        use rand::Rng;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         // One permutation of the distinct maps, so that an image keeps one wrong map throughout.
         let mut all: Vec<PathBuf> = self.queries.iter().chain(&self.references).filter_map(|i| i.labels.clone()).collect();
         all.sort();
         all.dedup();
+        all.retain(|_| rng.random_bool(share));
         let mut to = all.clone();
         to.shuffle(&mut rng);
         let map: HashMap<PathBuf, PathBuf> = all.into_iter().zip(to).collect();
         for item in self.queries.iter_mut().chain(&mut self.references) {
-            item.labels = item.labels.as_ref().and_then(|l| map.get(l).cloned());
+            item.labels = item.labels.take().map(|l| map.get(&l).cloned().unwrap_or(l));
         }
     }
 }
@@ -512,5 +526,9 @@ mod tests {
             v
         };
         assert!(of(&labelled) != of(&before) && sorted(of(&labelled)) == sorted(of(&before)));
+        let mut partly = before.clone();
+        partly.exchange_labels(0.5, 3);
+        let moved = of(&partly).iter().zip(of(&before)).filter(|(a, b)| **a != *b).count();
+        assert!(moved > 0 && moved < 6 && sorted(of(&partly)) == sorted(of(&before)), "{moved}");
     }
 }

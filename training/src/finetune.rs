@@ -1,7 +1,7 @@
 //! The first model: ImageNet weights, fine-tuned on the synthetic street with a plain triplet loss.
 //!
 //! Only as far as the demo needs; StructVPR's own training (teacher, partition, weighted
-//! distillation) is another tool. Batch norm stays folded: the weights are tuned as they will run.
+//! distillation) is `stage1`, `partition` and `distill`. Batch norm stays folded: the weights are tuned as they will run.
 
 use crate::sampler::{renderer, View};
 use crate::world::condition::NAMES;

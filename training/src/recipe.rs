@@ -217,6 +217,7 @@ impl Recipe {
         for side in self.data.size {
             ensure!((32..=4096).contains(&side), "data.size: {side} is outside 32 to 4096");
         }
+        ensure!((0.0..=1.0).contains(&self.data.wrong_labels), "data.wrong_labels: {} is outside 0 to 1", self.data.wrong_labels);
         ensure!(self.near.radius_m > 0.0 && self.near.angle_deg > 0.0, "near: radius_m and angle_deg are above 0");
         ensure!(
             self.near.negative_m >= self.near.radius_m,

@@ -97,19 +97,18 @@ impl Job<'_> {
     pub fn run(&self, dir: &Path) -> Result<(Learner, Summary)> {
         std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         let learner = self.learner()?;
-        let resumed = dir.join("checkpoint.safetensors").is_file();
+        let path = dir.join("checkpoint.safetensors");
         // Those of a checkpoint replace these.
-        let projections = if resumed { self.projections(None)? } else { self.projections(Some(&learner))? };
+        let projections = if path.is_file() { self.projections(None)? } else { self.projections(Some(&learner))? };
         let mut vars = learner.vars();
         let student = vars.len();
         vars.extend(projections.iter().enumerate().map(|(i, v)| (format!("projection{i}"), v.clone(), vec![])));
         let settings = Adam { weight_decay: self.schedule.weight_decay, ..Adam::default() };
         let slots = |range: &[(String, Var, Vec<std::ops::Range<usize>>)]| range.iter().map(|(_, v, d)| (v.clone(), d.clone())).collect();
-        // The projections begin from nothing and have a learning rate of their own.
+        // The projections are new and have a learning rate of their own.
         let mut optimiser = AdamW::new(settings, slots(&vars[..student]));
         let mut second = AdamW::new(settings, slots(&vars[student..]));
 
-        let path = dir.join("checkpoint.safetensors");
         let mut header = Header { version: VERSION, identity: self.identity()?, ..Header::default() };
         let mut best: Vec<(String, Vec<f32>)> = Vec::new();
         if path.is_file() {
