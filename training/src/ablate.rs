@@ -237,7 +237,7 @@ pub fn run(args: &Args) -> Result<()> {
             table.entry(STAGE1[2].into()).or_default().push(done);
             let pairs = own.partition(&teacher, &rgb, "partition-shuffled")?.pairs;
             drop(teacher);
-            shuffled = Some((sets, pairs));
+            shuffled = Some((sets, loader, pairs));
         }
         for row in &experiments.rows {
             let folder = dir.join("rows").join(row.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
@@ -249,7 +249,7 @@ pub fn run(args: &Args) -> Result<()> {
             own.distil.lr = row.lr.unwrap_or(own.distil.lr);
             own.validate()?;
             let id = identity(&(row, &own, seed))?;
-            let finished = cached(&folder, &id, || run_row(row, &own, *seed, &sets, shuffled.as_ref(), &pairs, &dir, &folder))
+            let finished = cached(&folder, &id, || run_row(row, &own, *seed, (&sets, &loader, &pairs), shuffled.as_ref(), &dir, &folder))
                 .with_context(|| format!("row `{}`, seed {seed}", row.name))?;
             let said: Vec<String> = finished.tests.iter().map(|(n, r)| format!("{n} R@1 {:.3}", r.get(1))).collect();
             println!("seed {seed}, {}: {}   ({:.0} min so far)", row.name, said.join("  "), began.elapsed().as_secs_f64() / 60.0);
@@ -267,21 +267,19 @@ fn run_row(
     row: &Row,
     recipe: &Recipe,
     seed: u64,
-    sets: &Sets,
-    shuffled: Option<&(Sets, Vec<Ranked>)>,
-    pairs: &[Ranked],
+    own: (&Sets, &Loader, &[Ranked]),
+    shuffled: Option<&(Sets, Loader, Vec<Ranked>)>,
     dir: &Path,
     folder: &Path,
 ) -> Result<Finished> {
-    let (sets, pairs, teacher_dir) = match (row.teacher, shuffled) {
-        (Teacher::Shuffled, Some((s, p))) => (s, p.as_slice(), dir.join("seg-shuffled")),
-        _ => (sets, pairs, dir.join("seg")),
+    let ((sets, loader, pairs), teacher_dir) = match (row.teacher, shuffled) {
+        (Teacher::Shuffled, Some((s, l, p))) => ((s, l, p.as_slice()), dir.join("seg-shuffled")),
+        _ => (own, dir.join("seg")),
     };
-    let loader = sets.loader(recipe)?;
     let taught = row.kind == Kind::Rgb && recipe.distillation.weighting.select != Select::None && recipe.distillation.lambda > 0.0;
     let teaching = match taught {
         true => {
-            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, &loader).load(&teacher_dir)?;
+            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, loader).load(&teacher_dir)?;
             Some(teaching(teacher, pairs, recipe)?)
         }
         false => None,
@@ -293,12 +291,12 @@ fn run_row(
         seed,
         train: &sets.train,
         validation: &sets.validation,
-        loader: &loader,
+        loader,
         teaching: teaching.as_ref(),
         title: format!("seed {seed}, {}", row.name),
     };
     let (learner, summary) = job.run(folder)?;
-    finish(&learner, &summary, &loader, sets, recipe, folder)
+    finish(&learner, &summary, loader, sets, recipe, folder)
 }
 
 /// Mean and standard deviation over seeds (n - 1).

@@ -40,9 +40,10 @@ fn main() -> ExitCode {
     let _ = opencv::core::set_num_threads(1);
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: takes numbers, before any other thread is there. Tensors of megabytes come and go with each step: memory that is
-    // given back to the system in between costs as much in page faults as the arithmetic.
+    // given back to the system in between costs as much in page faults as the arithmetic. Larger ones go back, for the heap
+    // would grow around them.
     unsafe {
-        libc::mallopt(libc::M_MMAP_MAX, 0);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }

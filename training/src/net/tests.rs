@@ -329,3 +329,23 @@ proptest! {
         }
     }
 }
+
+/// Each size of batch had buffers of its own: memory grew with every refresh of the descriptor cache.
+#[test]
+fn buffers_of_batches_of_many_sizes_are_shared() {
+    let trunk = Trunk::new(Arch::MobileNetV2, 3, Padding::Same);
+    let b = Branch::<f32>::random(trunk.clone(), 1).unwrap();
+    let (weights, statistics) = (b.weights.to_vec1::<f32>().unwrap(), b.statistics());
+    let mut pool = Pool::default();
+    let mut run = |n: usize| {
+        let (_, saved) = trunk.forward(&weights, Mode::Eval(&statistics), vec![0.1; 3 * n * 64 * 64], n, (64, 64), &mut pool);
+        pool.recycle(saved);
+        pool.room()
+    };
+    let first = run(8);
+    let mut last = first;
+    for n in (1..=8).chain([8, 3, 8, 5, 7, 8]) {
+        last = run(n);
+    }
+    assert!(last <= 2 * first, "{first} values at first, {last} at the end");
+}

@@ -130,12 +130,24 @@ pub struct Pool<T> {
 }
 
 impl<T: Real> Pool<T> {
-    /// A vector of `n` values of any content.
+    /// A vector of `n` values of any content: the smallest that has room and is not far too large, so that batches of many
+    /// sizes share their buffers.
     fn take(&mut self, n: usize) -> Vec<T> {
-        match self.free.iter().position(|v| v.len() == n) {
-            Some(at) => self.free.swap_remove(at),
+        let fits = |v: &Vec<T>| (n..=SPARE * n.max(1)).contains(&v.capacity());
+        let best = (0..self.free.len()).filter(|i| fits(&self.free[*i])).min_by_key(|i| self.free[*i].capacity());
+        match best {
+            Some(at) => {
+                let mut v = self.free.swap_remove(at);
+                v.resize(n, T::ZERO);
+                v
+            }
             None => vec![T::ZERO; n],
         }
+    }
+
+    /// Values that the free buffers have room for.
+    pub fn room(&self) -> usize {
+        self.free.iter().map(Vec::capacity).sum()
     }
 
     fn give(&mut self, v: Vec<T>) {
@@ -154,6 +166,9 @@ impl<T: Real> Pool<T> {
         }
     }
 }
+
+/// How much larger than asked for a buffer may be.
+const SPARE: usize = 8;
 
 struct Maker {
     weights: usize,
