@@ -380,7 +380,11 @@ fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<Stri
         if let (Some(rows), Some(controls), Some(bases)) = (table.get(&c.row), table.get(&c.control), table.get(&c.over)) {
             let gain = |a: &[Finished]| -> Vec<f64> { over_tests(a, 1).iter().zip(over_tests(bases, 1)).map(|(a, b)| a - b).collect() };
             let ((m, s), (cm, cs)) = (mean_and_spread(&gain(rows)), mean_and_spread(&gain(controls)));
-            let counts = if m > cm + s.max(cs) { "counts as distilled structure" } else { "is not beyond the control" };
+            let counts = match rows.len() {
+                0 | 1 => "of one seed says nothing of the spread",
+                _ if m > cm + s.max(cs) => "counts as distilled structure",
+                _ => "is not beyond the control",
+            };
             out.push(format!(
                 "Gain over {}, seed by seed: {} {:+.1} ± {:.1}, control ({}) {:+.1} ± {:.1} points of R@1: the gain {counts}.",
                 c.over,
@@ -493,6 +497,9 @@ mod tests {
         let table = |w: &[f64], n: &[f64], c: &[f64]| BTreeMap::from([("w".into(), row(w)), ("n".into(), row(n)), ("c".into(), row(c))]);
         let said = verdict(&e, &table(&[0.5, 0.52], &[0.3, 0.31], &[0.3, 0.32]));
         assert!(said[0].ends_with("It comes out.") && said[1].contains("counts as distilled structure"), "{said:?}");
+        // A spread of zero from one seed once passed for certainty.
+        let said = verdict(&e, &table(&[0.5], &[0.3], &[0.31]));
+        assert!(said[1].contains("of one seed says nothing"), "{said:?}");
         let said = verdict(&e, &table(&[0.3, 0.31], &[0.35, 0.31], &[0.36, 0.35]));
         assert!(said[0].contains("does not come out: w is below n") && said[1].contains("is not beyond the control"), "{said:?}");
     }
