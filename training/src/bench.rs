@@ -100,7 +100,7 @@ pub fn run(args: &Args) -> Result<()> {
     let image: Vec<f32> = (0..3 * 3 * b * h * w).map(|_| normal(&mut rng) as f32).collect();
     let x = Tensor::from_vec(image, (3, 3 * b, h, w), &Device::Cpu)?;
     let branch = Branch::<f32>::random(Trunk::new(Arch::MobileNetV2, 3, Padding::Symmetric), 2)?;
-    let mut optimiser = AdamW::new(Settings::default(), vec![(branch.weights.clone(), decaying(&branch)), (branch.power.clone(), vec![])]);
+    let mut optimiser = AdamW::new(Settings::default(), vec![(branch.weights.clone(), branch.decaying()), (branch.power.clone(), vec![])]);
 
     let dir = tempfile::tempdir()?;
     let mut peer = None;
@@ -149,7 +149,7 @@ pub fn run(args: &Args) -> Result<()> {
         ensure!((1..=b).contains(&few), "--naive {few} is outside 1 to {b}");
         // Its own padding at stride 2, for with PyTorch's Candle's gradient fails on these sizes.
         let branch = Branch::<f32>::random(Trunk::new(Arch::MobileNetV2, 3, Padding::Same), 2)?;
-        let mut optimiser = AdamW::new(Settings::default(), vec![(branch.weights.clone(), decaying(&branch))]);
+        let mut optimiser = AdamW::new(Settings::default(), vec![(branch.weights.clone(), branch.decaying())]);
         let x = x.narrow(1, 0, 3 * few)?.contiguous()?;
         let split = |d: &Tensor| triplet(&d.narrow(0, 0, few)?, &d.narrow(0, few, few)?, &d.narrow(0, 2 * few, few)?, MARGIN);
         let mut own = Vec::new();
@@ -172,9 +172,4 @@ pub fn run(args: &Args) -> Result<()> {
         println!("of {few} triplets  {:8.0} ms, Candle's own operations {:.0} ms   ratio {:.3}", 1e3 * ours, 1e3 * naive, ours / naive);
     }
     Ok(())
-}
-
-/// The ranges of a branch's weights that decay: convolutions, not scales and shifts. [ours]
-pub fn decaying(branch: &Branch<f32>) -> Vec<std::ops::Range<usize>> {
-    branch.trunk.convs().map(|c| c.weight.clone()).collect()
 }

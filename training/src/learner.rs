@@ -154,7 +154,7 @@ impl Learner {
     pub fn vars(&self) -> Vec<(String, Var, Vec<std::ops::Range<usize>>)> {
         let mut out = Vec::new();
         for (i, (branch, _)) in self.branches.iter().enumerate() {
-            out.push((format!("branch{i}.weights"), branch.weights.clone(), crate::bench::decaying(branch)));
+            out.push((format!("branch{i}.weights"), branch.weights.clone(), branch.decaying()));
             if self.pooling == Pooling::Gem {
                 out.push((format!("branch{i}.power"), branch.power.clone(), vec![]));
             }

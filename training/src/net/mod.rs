@@ -11,6 +11,7 @@ pub mod trunk;
 
 pub use op::gem;
 pub use real::Real;
+pub use structvpr::model::l2_normalize;
 pub use trunk::{Arch, Conv, Mode, Pool, Tap, Trunk};
 
 use candle_core::{Device, Result, Tensor, Var};
@@ -37,11 +38,6 @@ pub struct Features {
     pub pooled: Vec<Tensor>,
     /// The descriptor: the pooled taps joined and L2-normalised: N x D.
     pub descriptor: Tensor,
-}
-
-/// `x / |x|` along the last dimension.
-pub fn l2_normalize(x: &Tensor) -> Result<Tensor> {
-    structvpr::model::l2_normalize(x)
 }
 
 impl<T: Real> Branch<T> {
@@ -88,6 +84,11 @@ impl<T: Real> Branch<T> {
             pool: Arc::default(),
             trunk: Arc::new(trunk),
         })
+    }
+
+    /// The ranges of the weights that decay: convolutions, not scales and shifts. [ours]
+    pub fn decaying(&self) -> Vec<std::ops::Range<usize>> {
+        self.trunk.convs().map(|c| c.weight.clone()).collect()
     }
 
     /// The running statistics.
