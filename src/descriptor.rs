@@ -45,6 +45,18 @@ impl Descriptor {
         Ok(Self(values))
     }
 
+    /// Takes values that were a descriptor's before, as they are: normalising once more would move them by a rounding.
+    ///
+    /// Errors: a norm that is not one.
+    pub fn stored(values: Vec<f32>) -> Result<Self> {
+        let norm = values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+        // NaN fails too.
+        match (norm - 1.0).abs() < 1e-4 {
+            true => Ok(Self(values)),
+            false => Err(Error::Descriptor { reason: format!("it was stored with norm {norm}, not 1") }),
+        }
+    }
+
     /// The values; their squares sum to one.
     pub fn as_slice(&self) -> &[f32] {
         &self.0

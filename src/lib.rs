@@ -38,6 +38,7 @@
 //! ```
 
 pub mod bag;
+pub mod confidence;
 pub mod config;
 pub mod dataset;
 pub mod descriptor;
@@ -57,6 +58,7 @@ pub mod rerank;
 #[cfg(feature = "ros")]
 pub mod ros;
 pub mod simd;
+pub mod sqlite;
 
 #[cfg(test)]
 mod test_noise;

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::features::{CompactFeatures, Features};
 use crate::geometry::View;
 use crate::image::Camera;
-use crate::map::{Hit, Keyframe, Link, Map};
+use crate::map::{Changes, Hit, Keyframe, Link, Map, Store};
 use crate::rerank::{Budget, Reranked, Reranker};
 use nalgebra::Isometry3;
 use serde::Serialize;
@@ -368,6 +368,34 @@ impl LoopDetector {
         self.search(descriptor, top_k, &[0..self.map.keyframes().len()])
     }
 
+    /// Keeps at most `keyframes` of the map: see [`Map::thin`]. Rows change, so decisions made before do not name them any more.
+    /// Returns how many keyframes went.
+    pub fn thin(&mut self, keyframes: usize) -> usize {
+        let before = self.map.keyframes().len();
+        let remap = self.map.thin(keyframes);
+        for pointer in self.cameras.values_mut().flat_map(|c| &mut c.pointers) {
+            pointer.hits.retain_mut(|h| remap.to(h.row).map(|row| h.row = row).is_some());
+        }
+        before - self.map.keyframes().len()
+    }
+
+    /// Takes note of what a file holds now; see [`Map::changes`].
+    pub fn saved(&mut self, changes: &Changes) {
+        self.map.saved(changes);
+    }
+
+    /// The file of the map is gone; see [`Map::nothing_saved`].
+    pub fn nothing_saved(&mut self) {
+        self.map.nothing_saved();
+    }
+
+    /// Writes what is new of the map to its file.
+    ///
+    /// Errors: it cannot be written; what was there stays whole.
+    pub fn write(&mut self, store: &mut Store) -> Result<usize> {
+        store.write_all(&mut self.map)
+    }
+
     /// The map with all that was added.
     pub fn map(&self) -> &Map {
         &self.map
@@ -643,7 +671,7 @@ impl LoopDetector {
         }
         if let (Outcome::Closure, Some(e)) = (outcome, evidence) {
             if added {
-                self.map.link(Link { query, matched: e.matched });
+                self.map.link(Link { query, matched: e.matched, similarity: e.similarity });
             }
             self.last_closure_ns = Some(stamp_ns);
             self.relocalizing = false;

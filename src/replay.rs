@@ -443,10 +443,12 @@ pub struct RunOptions {
     pub odometry: bool,
 }
 
-/// Runs `sequence` through model and detector. `truth` overrides the sequence's own; `progress` is called
-/// with the number of images done.
+/// Called now and then with the number of images done; may write what is new of the map.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, &mut LoopDetector) -> Result<()>;
+
+/// Runs `sequence` through model and detector. `truth` overrides the sequence's own.
 ///
-/// Errors: no usable image, no calibration where `undistort` wants one. Single images that cannot be used
+/// Errors: `progress` fails, no usable image, no calibration where `undistort` wants one. Single images that cannot be used
 /// become warnings.
 pub fn run(
     sequence: &dyn Sequence,
@@ -454,7 +456,7 @@ pub fn run(
     mut detector: LoopDetector,
     truth: Option<&PoseTable>,
     options: RunOptions,
-    progress: &mut dyn FnMut(u64),
+    progress: Progress<'_>,
 ) -> Result<Run> {
     let camera = match (options.undistort, sequence.camera()) {
         (true, None) => return Err(Error::bag("--undistort needs a camera_info topic beside the image topic")),
@@ -499,8 +501,7 @@ pub fn run(
             }
         }
         batch.clear();
-        progress(images);
-        Ok(())
+        progress(images, &mut detector)
     };
     let read = sequence.visit(&mut |shot| {
         batch.push(shot);

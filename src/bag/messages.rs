@@ -167,7 +167,8 @@ fn read_pose(r: &mut Reader) -> Result<Isometry3<f64>> {
         return Err(bad("its position is not finite"));
     }
     let q = Quaternion::new(qw, qx, qy, qz);
-    let q = UnitQuaternion::try_new(q, 1e-6).filter(|q| q.coords.iter().all(|v| v.is_finite()));
+    // A length that overflows leaves zeros, and a NaN stays one: neither has length 1.
+    let q = UnitQuaternion::try_new(q, 1e-6).filter(|q| (q.coords.norm() - 1.0).abs() < 1e-6);
     let q = q.ok_or_else(|| bad("its quaternion has no length"))?;
     Ok(Isometry3::from_parts(Translation3::new(x, y, z), q))
 }

@@ -1,15 +1,14 @@
 //! One .db3 file of rosbag2.
 
-use super::{RawMessage, Topic, Visit};
+use super::{RawMessage, Topic, Visit, MAX_MESSAGE};
 use crate::error::{Error, Result};
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::Connection;
 use std::collections::HashMap;
 use std::path::Path;
 
 /// Visits all messages by time of recording. `Some(why)` if the file could not be read to its end.
 pub fn read(path: &Path, visit: Visit) -> Result<Option<String>> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    match Connection::open_with_flags(path, flags) {
+    match crate::sqlite::open(path, false, MAX_MESSAGE) {
         Ok(db) => read_connection(&db, visit),
         Err(e) => Ok(Some(format!("not a database ({e})"))),
     }

@@ -80,11 +80,14 @@ section! {
 section! {
     /// The map and its file.
     MapConfig {
-        /// Loaded at start if it is there, saved every `autosave_s` and at the end; empty: the map
+        /// Loaded at start if it is there, and written as the map grows; empty: the map
         /// lives in memory only, unless `~/save_map` is called.
         file: String = "", Kind::Text, restart;
-        /// Time between two saves, seconds; 0: only at the end.
-        autosave_s: f64 = 30.0, Kind::Real(0.0, 86400.0), live;
+        /// A keyframe is on the disk so long after it was added, at the latest, seconds: what a power cut may cost.
+        durable_s: f64 = 1.0, Kind::Real(0.05, 3600.0), live;
+        /// Keyframes that the map holds at most; 0: no limit. When it is full, those go that are most alike to their
+        /// neighbours along the drive, so that every place stays covered; ids stay.
+        max_keyframes: usize = 0usize, Kind::Count(0, 100_000_000), live;
         /// Width of the small JPEG kept of each keyframe for `~/match_image`, pixels; 0: none.
         thumbnail_width: usize = 240usize, Kind::Count(0, 4096), live;
         /// Look places up without adding any.
@@ -99,6 +102,8 @@ section! {
     PublishConfig {
         /// Matches per keyframe in `~/candidates`, best first.
         max_candidates: usize = 5usize, Kind::Count(1, 1000), live;
+        /// File of `structvpr calibrate`: candidates then carry a confidence, the probability that they are true; empty: NaN.
+        calibration: String = "", Kind::Text, restart;
         /// Publish `~/keyframe_descriptor`.
         descriptors: bool = false, Kind::Flag, live;
         /// Publish `~/markers`, which need odometry.

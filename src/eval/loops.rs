@@ -68,7 +68,8 @@ pub struct LoopScores {
     pub verdicts: Vec<Verdict>,
 }
 
-fn same_place(a: &KeyframeTruth, b: &KeyframeTruth, radius: f64, heading: f64) -> bool {
+/// Whether two keyframes are within `radius` and, where both headings are known, turned by no more than `heading` (radians).
+pub fn same_place(a: &KeyframeTruth, b: &KeyframeTruth, radius: f64, heading: f64) -> bool {
     let turned = |a: f64, b: f64| {
         let d = (a - b).rem_euclid(std::f64::consts::TAU);
         d.min(std::f64::consts::TAU - d)

@@ -56,7 +56,20 @@ pub fn read_matrix(bytes: &[u8]) -> Result<Matrix> {
 
 /// A .npy of f32, version 1.0.
 pub fn write_npy(matrix: &Matrix) -> Vec<u8> {
-    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({}, {}), }}", matrix.rows, matrix.cols);
+    let mut out = npy_header("<f4", &format!("({}, {})", matrix.rows, matrix.cols));
+    out.extend(matrix.data.iter().flat_map(|v| (*v as f32).to_le_bytes()));
+    out
+}
+
+/// A one-dimensional .npy of i64, version 1.0.
+pub fn write_npy_i64(values: &[i64]) -> Vec<u8> {
+    let mut out = npy_header("<i8", &format!("({},)", values.len()));
+    out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    out
+}
+
+fn npy_header(dtype: &str, shape: &str) -> Vec<u8> {
+    let mut header = format!("{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}");
     // Magic, version and length take 10 bytes; the data begins at a multiple of 64.
     while (10 + header.len() + 1) % 64 != 0 {
         header.push(' ');
@@ -65,19 +78,24 @@ pub fn write_npy(matrix: &Matrix) -> Vec<u8> {
     let mut out = b"\x93NUMPY\x01\x00".to_vec();
     out.extend_from_slice(&(header.len() as u16).to_le_bytes());
     out.extend_from_slice(header.as_bytes());
-    out.extend(matrix.data.iter().flat_map(|v| (*v as f32).to_le_bytes()));
     out
 }
 
 /// An uncompressed .npz with one f32 array per name: the same arrays give the same bytes.
 pub fn write_npz(arrays: &[(&str, &Matrix)]) -> Result<Vec<u8>> {
+    let arrays: Vec<(&str, Vec<u8>)> = arrays.iter().map(|(name, matrix)| (*name, write_npy(matrix))).collect();
+    zip_npy(&arrays)
+}
+
+/// An uncompressed .npz of .npy files.
+pub fn zip_npy(arrays: &[(&str, Vec<u8>)]) -> Result<Vec<u8>> {
     let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
     let options = zip::write::SimpleFileOptions::default()
         .compression_method(zip::CompressionMethod::Stored)
         .last_modified_time(zip::DateTime::default());
-    for (name, matrix) in arrays {
+    for (name, npy) in arrays {
         zip.start_file(format!("{name}.npy"), options).map_err(bad)?;
-        zip.write_all(&write_npy(matrix)).map_err(bad)?;
+        zip.write_all(npy).map_err(bad)?;
     }
     Ok(zip.finish().map_err(bad)?.into_inner())
 }

@@ -52,8 +52,10 @@ impl Standing {
 /// One earlier place that a keyframe may show.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
-    /// Row of the match.
+    /// Row of the match, until the next keyframe.
     pub row: usize,
+    /// Its id.
+    pub id: u64,
     /// Which robot saw it.
     pub robot: u32,
     /// In which run.
@@ -66,6 +68,8 @@ pub struct Candidate {
     pub similarity: f32,
     /// Lead of the best place over the second; of the first candidate only.
     pub margin: Option<f32>,
+    /// Probability that it is true; of the first candidate of a keyframe, with `publish.calibration` only.
+    pub confidence: Option<f32>,
     /// 0 is the best.
     pub rank: usize,
     /// Keyframes in a row that point there; 0 for all but the first candidate.
@@ -98,12 +102,14 @@ fn candidate(map: &Map, asking: Asking, rank: usize, hit: Hit, standing: Standin
     };
     Candidate {
         row: hit.row,
+        id: map.id_of(hit.row),
         robot: k.robot,
         session: k.session,
         stamp_ns: k.stamp_ns,
         relation,
         similarity: hit.similarity,
         margin: None,
+        confidence: None,
         rank,
         consistent_count: 0,
         time_gap_s: asking.stamp_ns.saturating_sub(k.stamp_ns) as f64 * 1e-9,

@@ -12,13 +12,14 @@ pub mod qos;
 pub mod stats;
 
 use crate::bag::messages::{stamp_of, CameraInfo, CompressedImage, Header, Image, Message, Odometry};
+use crate::confidence::Confidence;
 use crate::config::{Config, Settings};
 use crate::descriptor::Descriptor;
 use crate::error::{read_file, Error, Result};
 use crate::features::Features;
 use crate::geometry::View;
 use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
-use crate::map::{Hit, Map};
+use crate::map::{Changes, Hit, Map, Store};
 use crate::model::Model;
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
@@ -68,6 +69,8 @@ pub struct Keyed {
     pub header: Header,
     /// What was decided.
     pub decision: Decision,
+    /// Its id in the map, if it was added.
+    pub id: Option<u64>,
     /// Best first.
     pub candidates: Vec<Candidate>,
     /// Of the image.
@@ -128,7 +131,6 @@ struct OdometryState {
 struct Storage {
     /// Where the map is saved; none: in memory only.
     path: Option<PathBuf>,
-    saved_revision: u64,
     error: Option<String>,
 }
 
@@ -204,6 +206,7 @@ pub struct Engine {
     verifies: bool,
     /// `T_base_optical` of each camera.
     camera_poses: Vec<Isometry3<f64>>,
+    confidence: Option<Confidence>,
     robot: u32,
     start: Instant,
     /// Images that wait.
@@ -215,8 +218,9 @@ pub struct Engine {
     settings: Mutex<Settings>,
     changing: Mutex<()>,
     stats: Mutex<Stats>,
-    /// Held while the map is written or replaced; taken before `storage`, which is taken before `detector`.
-    saving: Mutex<()>,
+    /// Writes the map's file, where there is one that is not only read. Held while the map is written or replaced; taken before
+    /// `storage`, which is taken before `detector`.
+    store: Mutex<Option<Store>>,
     storage: Mutex<Storage>,
     /// Edges that were refused although alike, in this session, newest last.
     refused: Mutex<VecDeque<(Point, Point)>>,
@@ -224,7 +228,12 @@ pub struct Engine {
     generation: AtomicU64,
     paused: AtomicBool,
     stopping: AtomicBool,
+    /// What the log should say of the start.
+    notes: Vec<String>,
 }
+
+/// Keyframes that are copied for the file at a time: bounds how long the detector waits.
+const WRITTEN_AT_ONCE: usize = 200;
 
 impl Engine {
     /// Loads model and map.
@@ -238,14 +247,20 @@ impl Engine {
             file => Model::from_bytes(&read_file(Path::new(file))?).map_err(|e| e.at(Path::new(file)))?,
         };
         let path = (!settings.map.file.is_empty()).then(|| PathBuf::from(&settings.map.file));
-        let map = match &path {
-            Some(path) if path.exists() => Map::load(path, model.identity())?,
-            _ => Map::new(model.identity().clone()),
-        };
         if let Some(path) = &path {
-            check_writable(path)?;
+            check_folder(path)?;
         }
-        let saved_revision = map.revision();
+        let (mut notes, mut store) = (Vec::new(), None);
+        let map = match &path {
+            // Read-only: any number of nodes may look places up in one map.
+            Some(path) if settings.map.localization_only && path.exists() => Map::load(path, model.identity())?,
+            Some(path) if !settings.map.localization_only => {
+                let opened = Store::open(path, model.identity(), &model.preprocessing(), settings.map.durable_s)?;
+                (store, notes) = (Some(opened.store), opened.notes);
+                opened.map
+            }
+            _ => new_map(&model),
+        };
         let mut detector = LoopDetector::new(settings.detector(), map, model.spec().similarity_threshold)?;
         // validate() has checked the range.
         let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
@@ -253,6 +268,15 @@ impl Engine {
         detector.set_localization_only(settings.map.localization_only);
         let verifier = Reranker::from_settings(&settings.verification)?;
         let verifies = verifier.is_some();
+        let confidence = match settings.publish.calibration.as_str() {
+            "" => None,
+            file => {
+                let path = Path::new(file);
+                let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+                let verification = if verifies { settings.verification.features.as_str() } else { "" };
+                Some(Confidence::parse(&text, model.identity(), verification).map_err(|e| e.at(path))?)
+            }
+        };
         detector.set_verifier(verifier.map(Arc::new));
         let names = settings.input.cameras.clone();
         let camera_poses = (0..names.len()).map(|i| settings.input.camera_pose(i)).collect::<Result<_>>()?;
@@ -262,6 +286,7 @@ impl Engine {
             undistort: settings.input.undistort,
             verifies,
             camera_poses,
+            confidence,
             robot,
             start: Instant::now(),
             inbox: Inbox::new(names.len(), settings.input.queue_depth),
@@ -273,13 +298,19 @@ impl Engine {
             settings: Mutex::new(settings),
             changing: Mutex::default(),
             stats: Mutex::default(),
-            saving: Mutex::default(),
+            store: Mutex::new(store),
+            notes,
             refused: Mutex::default(),
-            storage: Mutex::new(Storage { path, saved_revision, error: None }),
+            storage: Mutex::new(Storage { path, error: None }),
             generation: AtomicU64::new(0),
             paused: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
         })
+    }
+
+    /// What the log should say of the start: a run before that did not end in order, a map that was migrated.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The model in use.
@@ -408,26 +439,24 @@ impl Engine {
         Some(checked(result, success, verifier.verify.method, [keypoints, other], poses, verifier.verify.seed))
     }
 
-    /// The geometry of two keyframes of the map, `query` and `matched` by row. Believed where there are clearly more inliers
+    /// The geometry of two keyframes of the map, `query` and `matched` by id. Believed where there are clearly more inliers
     /// than chance gives.
     ///
-    /// Errors: verification is off, a row that is not there, or one without features.
-    pub fn verify_pair(&self, query: usize, matched: usize) -> Result<Checked> {
+    /// Errors: verification is off, an id that is not there, or one without features.
+    pub fn verify_pair(&self, query: u64, matched: u64) -> Result<Checked> {
         let (verifier, sides, names, min_lead) = {
             let detector = lock(&self.detector);
             let verifier = detector.verifier().cloned().ok_or_else(verification_is_off)?;
             let map = detector.map();
-            let side = |row: usize| -> Result<(Features, Option<Camera>)> {
-                let n = map.keyframes().len();
-                if row >= n {
-                    return Err(Error::map(format!("no keyframe {row}; the map has {n}")));
-                }
+            let side = |id: u64| -> Result<(Features, Option<Camera>)> {
+                let row = map.row_of(id).ok_or_else(|| Error::map(format!("no keyframe {id}; the map has {}", map.keyframes().len())))?;
                 let packed = map.features(row, &verifier.identity()).ok_or_else(|| {
-                    Error::map(format!("keyframe {row} has no features of {}; it was mapped without", verifier.identity()))
+                    Error::map(format!("keyframe {id} has no features of {}; it was mapped without", verifier.identity()))
                 })?;
                 Ok((packed.unpack()?, map.calibration(row).cloned()))
             };
-            let names = [query, matched].map(|row| map.keyframes().get(row).map(|k| k.camera.clone()).unwrap_or_default());
+            let camera = |id: u64| map.row_of(id).and_then(|row| map.keyframes().get(row)).map(|k| k.camera.clone());
+            let names = [query, matched].map(|id| camera(id).unwrap_or_default());
             let sides = [side(query)?, side(matched)?];
             (verifier, sides, names, detector.config().verification.min_lead)
         };
@@ -541,8 +570,16 @@ impl Engine {
         };
         timings.verify = ms(clock);
         let clock = Instant::now();
-        let limit = lock(&self.settings).publish.max_candidates;
+        let (limit, most) = {
+            let settings = lock(&self.settings);
+            (settings.publish.max_candidates, settings.map.max_keyframes)
+        };
         let mut detector = lock(&self.detector);
+        // Before the frame, so that the rows of its decision hold until the next; in batches, for it looks at the whole map.
+        if most > 0 && detector.map().keyframes().len() >= most + most / 50 + 1 && !detector.localization_only() {
+            let gone = detector.thin(most);
+            lock(&self.stats).thinned += gone as u64;
+        }
         let session = detector.session();
         let step = detector.process(frame)?;
         let verification = detector.verification_time();
@@ -556,8 +593,12 @@ impl Engine {
                 c.checked = self.checked(&detector, v, name, keypoints, hit);
             }
         }
+        if let (Some(c), Some(e), Some(confidence)) = (candidates.first_mut(), &decision.evidence, &self.confidence) {
+            c.confidence = Some(confidence.of(e));
+        }
         let match_pose = candidates.first().and_then(|c| detector.map().keyframes()[c.row].odom_from_base);
         let (map_id, map_revision) = (detector.map().id(), detector.map().revision());
+        let id = decision.added.then(|| detector.map().id_of(decision.query));
         let generation = self.generation.load(Ordering::Relaxed);
         drop(detector);
         self.remember_refused(candidates.first(), odom_from_base, match_pose, decision.session);
@@ -569,6 +610,7 @@ impl Engine {
             camera,
             header,
             decision,
+            id,
             candidates,
             descriptor,
             odom_from_base,
@@ -783,97 +825,195 @@ impl Engine {
     ///
     /// Errors: the old map could not be written; then nothing changes.
     pub fn reset(&self) -> Result<String> {
-        self.replace(Map::new(self.model.identity().clone()), None).map(|kept| match kept {
+        let mut store = lock(&self.store);
+        let Some(path) = lock(&self.storage).path.clone() else {
+            self.swap(new_map(&self.model));
+            return Ok("the map is empty".into());
+        };
+        self.write(&mut store)?;
+        let mut detector = lock(&self.detector);
+        self.write_rest(&mut store, &mut detector)?;
+        if let Some(open) = store.take() {
+            open.close()?;
+        }
+        let kept = (!detector.map().keyframes().is_empty()).then(|| beside(&path));
+        if let Some(backup) = &kept {
+            std::fs::rename(&path, backup).map_err(Error::io(&path))?;
+        }
+        // From here on the old map is safe, whatever happens to the new file: that is opened again by the next write.
+        detector.replace_map(new_map(&self.model));
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        drop(detector);
+        self.open_store(&mut store, &path)?;
+        Ok(match kept {
             Some(path) => format!("the map is empty; the one before is in {}", path.display()),
             None => "the map is empty".into(),
         })
     }
 
-    /// Puts `map` in place; what the old one holds is written beside its file first.
-    fn replace(&self, map: Map, file: Option<&Path>) -> Result<Option<PathBuf>> {
-        let _saving = lock(&self.saving);
-        let path = lock(&self.storage).path.clone();
-        let old = lock(&self.detector).map().clone();
-        let mut kept = None;
-        if let (Some(path), false) = (&path, old.keyframes().is_empty()) {
-            let backup = beside(path);
-            old.save(&backup)?;
-            kept = Some(backup);
-        }
-        let mut storage = lock(&self.storage);
-        let mut detector = lock(&self.detector);
-        // What was added while the copy was being written belongs to the old map too.
-        if let (Some(backup), true) = (&kept, detector.map().revision() != old.revision()) {
-            detector.map().save(backup)?;
-        }
-        storage.saved_revision = match file {
-            Some(_) => map.revision(),
-            // An empty map that was not written yet.
-            None => u64::MAX,
-        };
-        if let (Some(file), true) = (file, storage.path.is_some()) {
-            storage.path = Some(file.into());
-        }
-        detector.replace_map(map);
+    fn swap(&self, map: Map) {
+        lock(&self.detector).replace_map(map);
         self.generation.fetch_add(1, Ordering::Relaxed);
-        Ok(kept)
     }
 
     /// Reads a map into the place of this one, or adds it as earlier sessions. Says what was done, and
-    /// how many keyframes there are now.
+    /// how many keyframes there are now. Where the node has a map file, new keyframes go to the file of the map that is read.
     ///
-    /// Errors: a file that is no map, or of another model; then nothing changes.
+    /// Errors: a file that is no map, of another model, or that another process writes; then nothing changes.
     pub fn load(&self, path: &Path, merge: bool) -> Result<(String, usize)> {
-        let map = Map::load(path, self.model.identity())?;
-        let n = map.keyframes().len();
         if merge {
+            let map = Map::load(path, self.model.identity())?;
+            let n = map.keyframes().len();
             let mut detector = lock(&self.detector);
             detector.merge_map(&map)?;
             return Ok((format!("{n} keyframes of {} added", path.display()), detector.map().keyframes().len()));
         }
-        let in_file = lock(&self.storage).path.is_some();
-        if in_file {
-            check_writable(path)?;
+        let mut store = lock(&self.store);
+        let own = lock(&self.storage).path.clone();
+        let Some(own) = own else {
+            let map = Map::load(path, self.model.identity())?;
+            let n = map.keyframes().len();
+            self.swap(map);
+            return Ok((format!("{n} keyframes of {}", path.display()), n));
+        };
+        self.write(&mut store)?;
+        let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        let reads_only = lock(&self.detector).localization_only();
+        if same(&own, path) || reads_only {
+            let mut detector = lock(&self.detector);
+            self.write_rest(&mut store, &mut detector)?;
+            let map = Map::load(path, self.model.identity())?;
+            let n = map.keyframes().len();
+            if !same(&own, path) {
+                if let Some(open) = store.take() {
+                    open.close()?;
+                }
+            }
+            detector.replace_map(map);
+            self.generation.fetch_add(1, Ordering::Relaxed);
+            drop(detector);
+            lock(&self.storage).path = Some(path.into());
+            return Ok((format!("{n} keyframes of {}; the map before is in {}", path.display(), own.display()), n));
         }
-        let kept = self.replace(map, Some(path))?;
-        let before = kept.map_or(String::new(), |k| format!("; the map before is in {}", k.display()));
-        let goes = if in_file { "; new keyframes go to this file" } else { "" };
-        Ok((format!("{n} keyframes of {}{goes}{before}", path.display()), n))
+        if !path.is_file() {
+            return Err(Error::map("no such file").at(path));
+        }
+        let opened = Store::open(path, self.model.identity(), &self.model.preprocessing(), lock(&self.settings).map.durable_s)?;
+        let n = opened.map.keyframes().len();
+        let mut storage = lock(&self.storage);
+        let mut detector = lock(&self.detector);
+        self.write_rest(&mut store, &mut detector)?;
+        if let Some(open) = store.replace(opened.store) {
+            open.close()?;
+        }
+        detector.replace_map(opened.map);
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        storage.path = Some(path.into());
+        let notes: String = opened.notes.iter().map(|n| format!("; {n}")).collect();
+        Ok((
+            format!("{n} keyframes of {}; new keyframes go to this file; the map before is in {}{notes}", path.display(), own.display()),
+            n,
+        ))
     }
 
-    /// Writes the map to `path`, or to its own file. Returns where and how many keyframes.
+    /// The file's writer, opened if it is not: the map was only read so far, or replaced.
+    fn open_store<'a>(&self, store: &'a mut Option<Store>, path: &Path) -> Result<&'a mut Store> {
+        let open = match store.take() {
+            Some(open) => open,
+            None => {
+                let existed = path.exists();
+                let durable_s = lock(&self.settings).map.durable_s;
+                let opened = Store::open(path, self.model.identity(), &self.model.preprocessing(), durable_s)?;
+                if existed && !lock(&self.detector).map().continues(&opened.map) {
+                    opened.store.close()?;
+                    let why = "the file holds more than was read from it: another node has written it; load it again (~/load_map), or save under another name";
+                    return Err(Error::map(why).at(path));
+                }
+                opened.store
+            }
+        };
+        Ok(store.insert(open))
+    }
+
+    /// Writes what the file does not hold, a part at a time; images are handled between the parts. Returns whether there was anything.
+    fn write(&self, store: &mut Option<Store>) -> Result<bool> {
+        let Some(path) = lock(&self.storage).path.clone() else { return Ok(false) };
+        let mut wrote = false;
+        if store.take_if(|open| !open.in_place()).is_some() {
+            // Removed under our hands: what it held is in memory, and is written anew.
+            lock(&self.detector).nothing_saved();
+        }
+        let result = loop {
+            let changes = lock(&self.detector).map().changes(WRITTEN_AT_ONCE);
+            if changes.is_empty() {
+                break Ok(wrote);
+            }
+            let apply = |store: &mut Option<Store>, changes: &Changes| self.open_store(store, &path)?.apply(changes);
+            if let Err(e) = apply(store, &changes) {
+                break Err(e);
+            }
+            lock(&self.detector).saved(&changes);
+            wrote = true;
+        };
+        lock(&self.storage).error = result.as_ref().err().map(|e| e.to_string());
+        result
+    }
+
+    /// Writes what is left while the detector waits.
+    fn write_rest(&self, store: &mut Option<Store>, detector: &mut LoopDetector) -> Result<()> {
+        loop {
+            let changes = detector.map().changes(usize::MAX);
+            let Some(open) = store.as_mut().filter(|_| !changes.is_empty()) else { return Ok(()) };
+            open.apply(&changes)?;
+            detector.saved(&changes);
+        }
+    }
+
+    /// Writes the map to `path`, or what is new to its own file. Returns where and how many keyframes.
     ///
     /// Errors: no file is named, or it cannot be written; what was there stays whole.
     pub fn save(&self, path: Option<&Path>) -> Result<(PathBuf, usize)> {
-        let _saving = lock(&self.saving);
-        let target = path.map(Path::to_path_buf).or_else(|| lock(&self.storage).path.clone());
-        let target = target.ok_or_else(|| Error::map("no file: give a path, or set map.file"))?;
-        // A copy, so that images are handled meanwhile.
-        let map = lock(&self.detector).map().clone();
-        let result = map.save(&target);
-        let mut storage = lock(&self.storage);
-        if storage.path.as_deref() == Some(target.as_path()) {
-            storage.error = result.as_ref().err().map(|e| e.to_string());
-            if result.is_ok() {
-                storage.saved_revision = map.revision();
+        let mut store = lock(&self.store);
+        let own = lock(&self.storage).path.clone();
+        match path.filter(|p| Some(*p) != own.as_deref()) {
+            Some(target) => {
+                // A copy, so that images are handled meanwhile.
+                let map = lock(&self.detector).map().clone();
+                map.save(target)?;
+                Ok((target.into(), map.keyframes().len()))
+            }
+            None => {
+                let own = own.ok_or_else(|| Error::map("no file: give a path, or set map.file"))?;
+                self.write(&mut store)?;
+                Ok((own, lock(&self.detector).map().keyframes().len()))
             }
         }
-        result.map(|()| (target, map.keyframes().len()))
     }
 
-    /// Writes the map to its own file if it has one and something changed.
+    /// Writes what is new to the map's own file, if it has one. Called every so often, it bounds what a power cut may cost.
     ///
-    /// Errors: it cannot be written.
+    /// Errors: it cannot be written; what was there stays whole, and the next call tries again.
     pub fn save_changes(&self) -> Result<Option<(PathBuf, usize)>> {
-        let changed = {
-            let storage = lock(&self.storage);
-            storage.path.is_some() && storage.saved_revision != lock(&self.detector).map().revision()
-        };
-        if changed {
-            self.save(None).map(Some)
-        } else {
-            Ok(None)
+        let mut store = lock(&self.store);
+        // A map that is only looked at is not written, whatever was merged into it.
+        if store.is_none() && lock(&self.detector).localization_only() {
+            return Ok(None);
         }
+        let wrote = self.write(&mut store)?;
+        let path = lock(&self.storage).path.clone().filter(|_| wrote);
+        Ok(path.map(|path| (path, lock(&self.detector).map().keyframes().len())))
+    }
+
+    /// Writes what is new and ends the file in order; for the end of a run. Returns where and how many keyframes; `None` where the map
+    /// has no file, or is only read.
+    ///
+    /// Errors: as [`Self::save_changes`].
+    pub fn close(&self) -> Result<Option<(PathBuf, usize)>> {
+        self.save_changes()?;
+        let Some(open) = lock(&self.store).take() else { return Ok(None) };
+        let path = open.path().to_path_buf();
+        open.close()?;
+        Ok(Some((path, lock(&self.detector).map().keyframes().len())))
     }
 
     /// How the cameras fare.
@@ -916,7 +1056,7 @@ impl Engine {
             closures: map.links().len(),
             session: detector.session(),
             file: storage.path.clone(),
-            saved: storage.path.is_none() || storage.saved_revision == map.revision(),
+            saved: storage.path.is_none() || map.is_saved(),
             error: storage.error.clone(),
             localization_only: detector.localization_only(),
             relocalizing: detector.relocalizing(),
@@ -950,8 +1090,8 @@ fn beside(path: &Path) -> PathBuf {
     (1..).map(name).find(|p| !p.exists()).unwrap_or_else(|| name(0))
 }
 
-/// Fails now rather than when the map is to be saved.
-fn check_writable(path: &Path) -> Result<()> {
+/// Fails now, in words, rather than in SQLite's.
+fn check_folder(path: &Path) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if !folder.is_dir() {
         return Err(Error::map(format!("the folder {} does not exist; make it or change map.file", folder.display())).at(path));
@@ -959,7 +1099,13 @@ fn check_writable(path: &Path) -> Result<()> {
     if path.is_dir() {
         return Err(Error::map("map.file is a folder; name a file").at(path));
     }
-    tempfile::tempfile_in(folder).map(drop).map_err(Error::io(folder))
+    Ok(())
+}
+
+fn new_map(model: &Model) -> Map {
+    let mut map = Map::new(model.identity().clone());
+    map.set_preprocessing(&model.preprocessing());
+    map
 }
 
 #[cfg(test)]

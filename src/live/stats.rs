@@ -102,6 +102,8 @@ pub struct Stats {
     pub closures: u64,
     /// Sessions begun because the clock was set, or a relocalization was asked for.
     pub sessions: u64,
+    /// Keyframes that went because the map was full (`map.max_keyframes`).
+    pub thinned: u64,
     /// By reason: images that became no keyframe, and keyframes that closed no loop.
     pub reasons: BTreeMap<&'static str, u64>,
     stages: [Stage; 7],

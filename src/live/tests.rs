@@ -159,9 +159,14 @@ fn maps_are_kept_loaded_merged_and_never_lost() {
     assert!(!engine.map_report().saved);
     assert_eq!(engine.save_changes().unwrap(), Some((file.clone(), 5)));
     assert_eq!(engine.save_changes().unwrap(), None, "nothing changed");
+    assert!(engine.map_report().saved);
+    let said = Engine::new(of(&file)).unwrap_err().to_string();
+    assert!(said.contains("is writing this map") && said.contains("site.svpr"), "{said}");
+    assert_eq!(engine.close().unwrap(), Some((file.clone(), 5)));
 
     // A restart: the second run finds the first, with the pictures.
     let engine = Engine::new(of(&file)).unwrap();
+    assert!(engine.notes().is_empty());
     let seen = run(&engine, lap(1000.0));
     assert_eq!(seen[0].candidates[0].relation, Relation::InterSession);
     assert!(seen.iter().all(|k| k.decision.outcome == Outcome::Closure) && engine.picture(&seen[0]).is_some());
@@ -174,14 +179,22 @@ fn maps_are_kept_loaded_merged_and_never_lost() {
     assert!(engine.picture(&seen[0]).is_none());
     let backup = dir.path().join("site.svpr.before-1");
     assert_eq!(Map::load(&backup, engine.model().identity()).unwrap().keyframes().len(), 10);
-    assert!(engine.save_changes().unwrap().is_some(), "the empty map is written too");
+    assert!(file.exists(), "the empty map is written too");
 
     run(&engine, lap(2000.0));
     let (said, n) = engine.load(&backup, true).unwrap();
     assert!(n == 15 && said.contains("10 keyframes"), "{said}");
     let (said, n) = engine.load(&backup, false).unwrap();
-    assert!(n == 10 && said.contains("before-2") && said.contains("new keyframes go to this file"), "{said}");
+    assert!(
+        n == 10 && said.contains("the map before is in") && said.contains("site.svpr") && said.contains("new keyframes go to this file"),
+        "{said}"
+    );
     assert_eq!(engine.map_report().file.as_deref(), Some(backup.as_path()));
+    assert_eq!(Map::load(&file, engine.model().identity()).unwrap().keyframes().len(), 15);
+    run(&engine, lap(3000.0));
+    // Its own file once more: what was added stays.
+    let (said, n) = engine.load(&backup, false).unwrap();
+    assert_eq!(n, 15, "{said}");
 
     // What is no map is neither read nor overwritten.
     let foreign = dir.path().join("notes.txt");
@@ -221,4 +234,81 @@ fn steering_changes_what_it_says() {
     s.decision.min_margin = 0.5;
     engine.apply(s).unwrap();
     assert_ne!(engine.config_hash(), hash);
+}
+
+#[test]
+fn a_map_file_that_is_removed_under_the_node_is_written_again_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("stick");
+    std::fs::create_dir(&folder).unwrap();
+    let file = folder.join("m");
+    let engine = Engine::new(settings(|s| s.map.file = file.to_string_lossy().into_owned())).unwrap();
+    run(&engine, (0..5).map(|i| (0, message(f64::from(i), i as u64))));
+    engine.save_changes().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    run(&engine, [(0, message(10.0, 7))]);
+    let said = engine.save_changes().unwrap_err().to_string();
+    assert!(said.contains("stick") && engine.map_report().error.is_some(), "{said}");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(engine.close().unwrap(), Some((file.clone(), 6)));
+    let map = Map::load(&file, engine.model().identity()).unwrap();
+    assert!(map.keyframes().len() == 6 && map.thumbnail(0).is_some());
+}
+
+#[test]
+fn many_look_places_up_in_one_map_and_none_of_them_writes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m");
+    let of = |only: bool| settings(|s| (s.map.file, s.map.localization_only) = (file.to_string_lossy().into_owned(), only));
+    let lap = |t: f64| (0..5).map(move |i| (0, message(t + f64::from(i), i as u64)));
+    let mapper = Engine::new(of(false)).unwrap();
+    run(&mapper, lap(0.0));
+    mapper.save_changes().unwrap();
+    let readers = [Engine::new(of(true)).unwrap(), Engine::new(of(true)).unwrap()];
+    for reader in &readers {
+        let seen = run(reader, lap(100.0));
+        assert!(seen.iter().all(|k| k.decision.outcome == Outcome::Closure && !k.decision.added && k.id.is_none()));
+        assert_eq!((reader.save_changes().unwrap(), reader.close().unwrap()), (None, None));
+    }
+    // One of them begins to map: not while the mapper does, and not on top of what it has not read.
+    let begin = |reader: &Engine| {
+        let mut s = reader.settings();
+        s.map.localization_only = false;
+        reader.apply(s).unwrap();
+        run(reader, lap(200.0));
+        reader.save_changes()
+    };
+    let said = begin(&readers[0]).unwrap_err().to_string();
+    assert!(said.contains("is writing this map"), "{said}");
+    run(&mapper, [(0, message(50.0, 9))]);
+    mapper.close().unwrap();
+    let said = begin(&readers[1]).unwrap_err().to_string();
+    assert!(said.contains("holds more than was read"), "{said}");
+    // What it mapped is not lost: it can be saved elsewhere.
+    let other = dir.path().join("other");
+    assert_eq!(readers[1].save(Some(&other)).unwrap().1, 10);
+    assert_eq!(Map::load(&file, mapper.model().identity()).unwrap().keyframes().len(), 6);
+}
+
+#[test]
+fn a_full_map_stays_at_its_size_and_ids_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m");
+    let engine = Engine::new(settings(|s| (s.map.file, s.map.max_keyframes) = (file.to_string_lossy().into_owned(), 20))).unwrap();
+    let seen = run(&engine, (0..60).map(|i| (0, message(f64::from(i), i as u64))));
+    assert_eq!(seen.iter().map(|k| k.id.unwrap()).collect::<Vec<_>>(), (0..60).collect::<Vec<_>>());
+    let report = engine.map_report();
+    assert!(report.keyframes <= 21 && engine.stats().thinned >= 39, "{}", report.keyframes);
+    engine.close().unwrap();
+    let map = Map::load(&file, engine.model().identity()).unwrap();
+    assert_eq!((map.keyframes().len(), map.id_of(map.keyframes().len() - 1)), (report.keyframes, 59));
+    assert!(Map::verify(&file).unwrap().damage.is_empty());
+    // A kept place is found under its id, and what is removed is answered as such.
+    let id = map.id_of(10);
+    let again = run(&engine, [(0, message(1000.0, id))]);
+    assert_eq!((again[0].candidates[0].id, again[0].candidates[0].row), (id, engine_row(&engine, id)));
+}
+
+fn engine_row(engine: &Engine, id: u64) -> usize {
+    lock(&engine.detector).map().row_of(id).unwrap()
 }

@@ -69,6 +69,19 @@ impl Index {
         self.rows = grown;
     }
 
+    /// Keeps the rows for which `keep` says so, in order.
+    pub fn retain(&mut self, mut keep: impl FnMut(usize) -> bool) {
+        let (n, dim) = (self.len(), self.dim);
+        let mut to = 0;
+        for from in 0..n {
+            if keep(from) {
+                self.rows.copy_within(from * dim..(from + 1) * dim, to * dim);
+                to += 1;
+            }
+        }
+        self.rows.truncate(to * dim);
+    }
+
     /// Row `i` (D values).
     pub fn row(&self, i: usize) -> &[f32] {
         &self.rows[i * self.dim..][..self.dim]

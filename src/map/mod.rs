@@ -2,17 +2,30 @@
 //!
 //! Knows nothing of images, models or ROS: descriptors come in, neighbours go out.
 
+mod changes;
+mod check;
 mod dot;
+mod export;
+mod format;
 mod index;
+mod lock;
 mod store;
+mod thin;
 
+pub use changes::Changes;
+pub use check::{salvage, Account, SessionAccount, Verdict};
 pub use dot::{dot, scores};
+pub use export::{g2o, json, tum, Edges};
+pub use format::VERSION;
 pub use index::{Hit, Index};
+pub use store::{Opened, Store};
+pub use thin::Remap;
 
 use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
 use crate::features::CompactFeatures;
 use crate::image::Camera;
+use changes::Unsaved;
 use nalgebra::Isometry3;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -37,19 +50,31 @@ pub struct Keyframe {
 }
 
 /// An accepted closure between two rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
     /// Row of the query.
     pub query: usize,
     /// Row of the match.
     pub matched: usize,
+    /// Cosine similarity of the two; NaN where a file of version 3 or older did not say.
+    pub similarity: f32,
 }
 
-/// Keyframes in order of insertion; a keyframe's id is its row.
+/// Keyframes in order of insertion. A keyframe's id is its row, until the map is thinned: then rows move up, and ids stay.
 #[derive(Clone, Debug, Default)]
 pub struct Map {
     model: ModelIdentity,
+    /// How the model prepares images, for people; empty where it is not known.
+    preprocessing: String,
+    /// Set by the first keyframe, see [`Map::id`].
+    name: Option<String>,
     keyframes: Vec<Keyframe>,
+    /// Of each row, ascending.
+    ids: Vec<u64>,
+    /// The id that the next keyframe gets.
+    next_id: u64,
+    revision: u64,
+    unsaved: Unsaved,
     index: Index,
     links: Vec<Link>,
     /// Where each row stands in its track.
@@ -94,7 +119,17 @@ impl Map {
         &self.model
     }
 
-    /// All keyframes; the position is the id.
+    /// How the model prepares images, JSON; empty where a file of version 3 or older did not say.
+    pub fn preprocessing(&self) -> &str {
+        &self.preprocessing
+    }
+
+    /// Says how the model prepares images.
+    pub fn set_preprocessing(&mut self, json: &str) {
+        self.preprocessing = json.into();
+    }
+
+    /// All keyframes, by row.
     pub fn keyframes(&self) -> &[Keyframe] {
         &self.keyframes
     }
@@ -109,21 +144,43 @@ impl Map {
         &self.links
     }
 
+    /// The id of a row: what messages and files name a keyframe by, whatever was removed since.
+    pub fn id_of(&self, row: usize) -> u64 {
+        self.ids.get(row).copied().unwrap_or(self.next_id)
+    }
+
+    /// The row of an id; `None` if there is none, or none any more.
+    pub fn row_of(&self, id: u64) -> Option<usize> {
+        self.ids.binary_search(&id).ok()
+    }
+
     /// The session number that a new run takes.
     pub fn next_session(&self) -> u32 {
         self.keyframes.iter().map(|k| k.session + 1).max().unwrap_or(0)
     }
 
-    /// Adds a keyframe; returns its id.
+    /// Adds a keyframe; returns its row.
     ///
     /// Errors: a descriptor of another dimension; then nothing is added.
     pub fn push(&mut self, keyframe: Keyframe, descriptor: &Descriptor) -> Result<usize> {
+        let position = self.next_place(keyframe.session, &keyframe.camera).position;
+        self.push_as(self.next_id, position, keyframe, descriptor)
+    }
+
+    /// Adds a keyframe that has an id and a position along its track already; both above those before.
+    fn push_as(&mut self, id: u64, position: u32, keyframe: Keyframe, descriptor: &Descriptor) -> Result<usize> {
         self.index.push(descriptor)?;
-        let track = self.tracks.len() as u32;
-        let next = self.tracks.entry((keyframe.session, keyframe.camera.clone())).or_insert(Place { track, position: 0 });
-        self.places.push(*next);
-        next.position += 1;
+        if self.name.is_none() {
+            self.name = Some(name_of(&self.model, Some((&keyframe, descriptor.as_slice()))));
+        }
+        let mut place = self.next_place(keyframe.session, &keyframe.camera);
+        place.position = position;
+        self.places.push(place);
+        self.tracks.insert((keyframe.session, keyframe.camera.clone()), Place { position: position.saturating_add(1), ..place });
         self.keyframes.push(keyframe);
+        self.ids.push(id);
+        self.next_id = id + 1;
+        self.revision += 1;
         Ok(self.keyframes.len() - 1)
     }
 
@@ -138,15 +195,21 @@ impl Map {
             )));
         }
         let (first, rows) = (first.max(self.next_session()), self.keyframes.len());
+        let ids = self.next_id;
         for (row, keyframe) in other.keyframes.iter().enumerate() {
-            let descriptor = Descriptor::new(other.index.row(row).to_vec())?;
-            self.push(Keyframe { session: first + keyframe.session, ..keyframe.clone() }, &descriptor)?;
+            let descriptor = Descriptor::stored(other.index.row(row).to_vec())?;
+            let keyframe = Keyframe { session: first.saturating_add(keyframe.session), ..keyframe.clone() };
+            self.push_as(ids + other.ids[row], other.places[row].position, keyframe, &descriptor)?;
         }
-        self.links.extend(other.links.iter().map(|l| Link { query: l.query + rows, matched: l.matched + rows }));
+        other.links.iter().for_each(|l| self.link(Link { query: l.query + rows, matched: l.matched + rows, ..*l }));
         self.thumbnails.extend(other.thumbnails.iter().map(|(row, jpeg)| (row + rows, jpeg.clone())));
         if self.features.is_empty() || other.features_identity == self.features_identity {
             self.features_identity.clone_from(&other.features_identity);
             self.features.extend(other.features.iter().map(|(row, f)| (row + rows, f.clone())));
+            self.unsaved.settings();
+        }
+        if !other.calibrations.is_empty() {
+            self.unsaved.settings();
         }
         self.calibrations.extend(other.calibrations.iter().map(|((session, camera), c)| ((first + session, camera.clone()), c.clone())));
         Ok(())
@@ -161,7 +224,28 @@ impl Map {
     pub fn set_thumbnail(&mut self, row: usize, jpeg: Vec<u8>) {
         if row < self.keyframes.len() {
             self.thumbnails.insert(row, jpeg.into());
+            self.unsaved.touch(self.ids[row]);
         }
+    }
+
+    /// The file that held this map is gone: all of it is to be written again.
+    pub fn nothing_saved(&mut self) {
+        self.unsaved = Unsaved::default();
+        self.unsaved.settings();
+    }
+
+    /// Forgets all thumbnails.
+    pub fn drop_thumbnails(&mut self) {
+        self.thumbnails.keys().for_each(|r| self.unsaved.touch(self.ids[*r]));
+        self.thumbnails.clear();
+    }
+
+    /// Forgets all local features.
+    pub fn drop_features(&mut self) {
+        self.features.keys().for_each(|r| self.unsaved.touch(self.ids[*r]));
+        self.features.clear();
+        self.features_identity.clear();
+        self.unsaved.settings();
     }
 
     /// Local features of a keyframe, if they were kept and are of the extractor of `identity`.
@@ -180,10 +264,14 @@ impl Map {
             return;
         }
         if self.features_identity != identity {
+            // What the file holds of them goes too.
+            self.features.keys().for_each(|r| self.unsaved.touch(self.ids[*r]));
             self.features.clear();
             self.features_identity = identity.into();
+            self.unsaved.settings();
         }
         self.features.insert(row, Arc::new(features));
+        self.unsaved.touch(self.ids[row]);
     }
 
     /// Calibration of the camera that saw a keyframe, as far as it was known.
@@ -197,25 +285,18 @@ impl Map {
         let slot = (session, camera.to_string());
         if self.calibrations.get(&slot) != Some(calibration) {
             self.calibrations.insert(slot, calibration.clone());
+            self.unsaved.settings();
         }
     }
 
     /// Grows with every keyframe and closure: tells consumers that something changed.
     pub fn revision(&self) -> u64 {
-        (self.keyframes.len() + self.links.len()) as u64
+        self.revision
     }
 
     /// Tells maps apart: made of the model and the first keyframe, so it stays as the map grows.
     pub fn id(&self) -> String {
-        let mut hash = Sha256::new();
-        hash.update(&self.model.sha256);
-        if let Some(k) = self.keyframes.first() {
-            hash.update(k.robot.to_le_bytes());
-            hash.update(k.stamp_ns.to_le_bytes());
-            hash.update(&k.name);
-            self.index.row(0).iter().for_each(|v| hash.update(v.to_le_bytes()));
-        }
-        hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
+        self.name.clone().unwrap_or_else(|| name_of(&self.model, None))
     }
 
     /// Where a row stands in its track.
@@ -232,6 +313,7 @@ impl Map {
     /// Remembers an accepted closure.
     pub fn link(&mut self, link: Link) {
         self.links.push(link);
+        self.revision += 1;
     }
 
     /// The rows that a query of `session` at `stamp_ns` may match: every other session, and of its
@@ -266,6 +348,18 @@ impl Map {
         let near = |a: usize, b: usize| self.places[a].near(self.places[b], radius);
         near(a, b) || self.links.iter().any(|l| (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched)))
     }
+}
+
+fn name_of(model: &ModelIdentity, first: Option<(&Keyframe, &[f32])>) -> String {
+    let mut hash = Sha256::new();
+    hash.update(&model.sha256);
+    if let Some((k, descriptor)) = first {
+        hash.update(k.robot.to_le_bytes());
+        hash.update(k.stamp_ns.to_le_bytes());
+        hash.update(&k.name);
+        descriptor.iter().for_each(|v| hash.update(v.to_le_bytes()));
+    }
+    hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -306,7 +400,7 @@ mod tests {
     fn closures_join_places_so_that_a_third_lap_is_not_ambiguous() {
         let mut m = map(&(0..60).map(|i| (0, i)).collect::<Vec<_>>());
         assert!(m.same_place(10, 14, 5) && !m.same_place(10, 40, 5));
-        m.link(Link { query: 41, matched: 11 });
+        m.link(Link { query: 41, matched: 11, similarity: 0.9 });
         assert!(m.same_place(10, 40, 5) && m.same_place(40, 10, 5));
         assert!(!m.same_place(10, 50, 5));
     }
@@ -333,7 +427,7 @@ mod tests {
         let build = |name: &str| {
             let mut m = Map::new(model(name));
             (0..4).for_each(|i| assert_eq!(m.push(keyframe(i / 2, i.into()), &d).unwrap(), i as usize));
-            m.link(Link { query: 3, matched: 0 });
+            m.link(Link { query: 3, matched: 0, similarity: 0.5 });
             m.set_thumbnail(2, vec![7]);
             m
         };
@@ -341,7 +435,7 @@ mod tests {
         let id = a.id();
         a.merge(&b, 0).unwrap();
         assert_eq!(a.keyframes().iter().map(|k| k.session).collect::<Vec<_>>(), [0, 0, 1, 1, 2, 2, 3, 3]);
-        assert_eq!(a.links()[1], Link { query: 7, matched: 4 });
+        assert_eq!(a.links()[1], Link { query: 7, matched: 4, similarity: 0.5 });
         assert_eq!((a.thumbnail(6), a.thumbnail(3)), (Some(&[7u8][..]), None));
         assert_eq!((a.id(), a.revision(), a.next_session()), (id, 10, 4));
         let said = a.merge(&build("other"), 0).unwrap_err().to_string();

@@ -1,27 +1,61 @@
-//! A map as one SQLite file. Written whole under a temporary name, then renamed.
+//! A map as one SQLite file that grows with it.
+//!
+//! While a process writes, a journal (`FILE-wal`) lies beside the file and `FILE.lock` says who writes; when it ends in order both
+//! are gone. Each batch of changes is one transaction, on the disk (fsync) when [`Store::apply`] returns. After a kill or a
+//! power cut the file opens as it is: SQLite takes in what is whole of the journal.
 
-use super::{Keyframe, Link, Map};
-use crate::descriptor::{Descriptor, ModelIdentity};
+use super::changes::Changes;
+use super::format::{self, crc_of_blobs, crc_of_calibration, crc_of_closure, Core, Readable, State, APPLICATION_ID, TABLES, VERSION};
+use super::lock::Lock;
+use super::Map;
+use crate::descriptor::ModelIdentity;
 use crate::error::{Error, Result};
-use crate::features::CompactFeatures;
-use nalgebra::{Isometry3, Quaternion, Translation3, UnitQuaternion};
-use rusqlite::{params, Connection, OpenFlags};
+use rusqlite::{params, Connection, OpenFlags, Transaction, TransactionBehavior};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// `PRAGMA application_id`: "SVPR".
-const APPLICATION_ID: i64 = 0x5356_5052;
-/// `PRAGMA user_version`: version of the tables below.
-const VERSION: i64 = 3;
+/// Keyframes per transaction: bounds what is copied under the detector's lock.
+const BATCH: usize = 1000;
 
-const TABLES: &str = "
-CREATE TABLE model (name TEXT NOT NULL, sha256 TEXT NOT NULL);
-CREATE TABLE keyframe (
-  id INTEGER PRIMARY KEY, session INTEGER NOT NULL, stamp_ns INTEGER NOT NULL, name TEXT NOT NULL,
-  x REAL, y REAL, z REAL, qx REAL, qy REAL, qz REAL, qw REAL, descriptor BLOB NOT NULL,
-  robot INTEGER NOT NULL, camera TEXT NOT NULL, thumbnail BLOB, features BLOB);
-CREATE TABLE features (identity TEXT NOT NULL);
-CREATE TABLE calibration (session INTEGER NOT NULL, camera TEXT NOT NULL, json TEXT NOT NULL);
-CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL);";
+/// A map file that this process writes.
+#[derive(Debug)]
+pub struct Store {
+    db: Connection,
+    path: PathBuf,
+    state: State,
+    /// Device and inode of the file.
+    file: (u64, u64),
+    _lock: Lock,
+}
+
+/// An opened file with its map.
+#[derive(Debug)]
+pub struct Opened {
+    /// Writes to the file.
+    pub store: Store,
+    /// What it holds.
+    pub map: Map,
+    /// What a user should hear: a run that did not end in order, a version that was migrated.
+    pub notes: Vec<String>,
+}
+
+fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+/// A strict reading: the first damage ends it, with what to do.
+fn strict(e: Error) -> Result<()> {
+    Err(Error::map(format!("{e} (`structvpr map verify` lists all damage, `structvpr map prune --damaged` keeps what is sound)")))
+}
+
+/// Makes a rename last.
+fn sync_folder(of: &Path) -> Result<()> {
+    let folder = of.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io(folder))
+}
 
 fn is_map(path: &Path) -> bool {
     let id = || {
@@ -30,21 +64,254 @@ fn is_map(path: &Path) -> bool {
     id().is_ok_and(|id| id == APPLICATION_ID)
 }
 
+/// Takes a journal that a killed process left into its file, so that no other file inherits it.
+fn fold(path: &Path) -> Result<()> {
+    let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    db.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
+    Ok(())
+}
+
+fn write(tx: &Transaction<'_>, state: &State, changes: &Changes) -> Result<State> {
+    let mut state = state.clone();
+    {
+        let mut delete = tx.prepare_cached("DELETE FROM keyframe WHERE id = ?1")?;
+        for id in &changes.removed {
+            state.keyframes -= delete.execute([*id as i64])? as i64;
+        }
+        let mut insert = tx.prepare_cached(
+            "INSERT INTO keyframe (id, session, robot, camera, position, stamp_ns, name, x, y, z, qx, qy, qz, qw, descriptor, crc, thumbnail, \
+             features, blob_crc) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18,?19)",
+        )?;
+        for row in &changes.rows {
+            let (core, k) = (Core::of(row), &row.keyframe);
+            let (thumbnail, features) = (row.thumbnail.as_deref(), row.features.as_ref().map(|f| f.as_bytes()));
+            let [x, y, z, qx, qy, qz, qw] = core.pose;
+            let blob_crc = crc_of_blobs(thumbnail, features);
+            insert.execute(params![
+                row.id as i64,
+                k.session,
+                k.robot,
+                k.camera,
+                row.position,
+                k.stamp_ns,
+                k.name,
+                x,
+                y,
+                z,
+                qx,
+                qy,
+                qz,
+                qw,
+                core.descriptor,
+                core.crc,
+                thumbnail,
+                features,
+                blob_crc
+            ])?;
+            state.keyframes += 1;
+        }
+        let mut update = tx.prepare_cached("UPDATE keyframe SET thumbnail = ?2, features = ?3, blob_crc = ?4 WHERE id = ?1")?;
+        for (id, _, thumbnail, features) in &changes.touched {
+            let (thumbnail, features) = (thumbnail.as_deref(), features.as_ref().map(|f| f.as_bytes()));
+            update.execute(params![*id as i64, thumbnail, features, crc_of_blobs(thumbnail, features)])?;
+        }
+        if let Some(links) = &changes.links {
+            if links.keep == 0 {
+                tx.execute("DELETE FROM closure", [])?;
+                state.closures = 0;
+            }
+            let mut insert = tx.prepare_cached("INSERT INTO closure (query, matched, similarity, crc) VALUES (?1, ?2, ?3, ?4)")?;
+            for (query, matched, similarity) in &links.new {
+                let (query, matched) = (*query as i64, *matched as i64);
+                let similarity = Some(f64::from(*similarity)).filter(|s| !s.is_nan());
+                insert.execute(params![query, matched, similarity, crc_of_closure(query, matched, similarity)])?;
+                state.closures += 1;
+            }
+        }
+        if let Some(calibrations) = &changes.calibrations {
+            tx.execute("DELETE FROM calibration", [])?;
+            let mut insert = tx.prepare_cached("INSERT INTO calibration (session, camera, json, crc) VALUES (?1, ?2, ?3, ?4)")?;
+            for ((session, camera), calibration) in calibrations {
+                let json = serde_json::to_string(calibration).map_err(|e| Error::map(e.to_string()))?;
+                insert.execute(params![session, camera, json, crc_of_calibration(*session, camera, &json)])?;
+            }
+        }
+    }
+    state.map.clone_from(&changes.name);
+    state.features.clone_from(&changes.features_identity);
+    state.next_keyframe = changes.next as i64;
+    note(tx, &state)?;
+    Ok(state)
+}
+
+fn note(db: &Connection, state: &State) -> Result<()> {
+    db.execute(
+        "UPDATE state SET map = ?1, features = ?2, keyframes = ?3, closures = ?4, next_keyframe = ?5, crc = ?6, writing = ?7, durable_s = ?8",
+        params![
+            state.map,
+            state.features,
+            state.keyframes,
+            state.closures,
+            state.next_keyframe,
+            state.crc(),
+            state.writing,
+            state.durable_s
+        ],
+    )?;
+    Ok(())
+}
+
+impl Store {
+    /// Opens a map for writing; one that is not there is made. One of an older version is migrated, and kept as it was beside the file.
+    /// `durable_s` is how soon the caller promises to [`Store::apply`] what was added; it is only said back after a crash.
+    ///
+    /// Errors: another process writes it, not a map, a newer version, another model (by name), damage (with what to do).
+    pub fn open(path: &Path, model: &ModelIdentity, preprocessing: &str, durable_s: f64) -> Result<Opened> {
+        let lock = Lock::take(path)?;
+        Self::open_locked(path, model, preprocessing, durable_s, lock).map_err(|e| e.at(path))
+    }
+
+    fn open_locked(path: &Path, model: &ModelIdentity, preprocessing: &str, durable_s: f64, lock: Lock) -> Result<Opened> {
+        let mut notes = Vec::new();
+        if !path.exists() {
+            let mut map = Map::new(model.clone());
+            map.preprocessing = preprocessing.into();
+            map.replace(path)?;
+        }
+        let mut file = format::open(path, true)?;
+        let mut map = format::read(&file, Some(model), &mut strict)?;
+        if map.preprocessing.is_empty() {
+            map.preprocessing = preprocessing.into();
+        }
+        if file.version < VERSION {
+            let old = file.version;
+            drop(file);
+            let backup = (0..).map(|n| if n == 0 { format!(".version-{old}") } else { format!(".version-{old}-{n}") });
+            // As many numbers as anybody has backups.
+            let backup = backup.map(|ending| beside(path, &ending)).find(|p| !p.exists()).unwrap_or_else(|| beside(path, ".old"));
+            std::fs::copy(path, &backup).map_err(Error::io(&backup))?;
+            File::open(&backup).and_then(|f| f.sync_all()).map_err(Error::io(&backup))?;
+            map.replace(path)?;
+            map.all_saved();
+            notes.push(format!("the map was of version {old} and is of version {VERSION} now; as it was it is in {}", backup.display()));
+            file = format::open(path, true)?;
+        }
+        let Readable { db, .. } = file;
+        // Where this is refused (some network file systems) a rollback journal does as well.
+        let _mode: String = db.pragma_update_and_check(None, "journal_mode", "WAL", |r| r.get(0))?;
+        db.pragma_update(None, "synchronous", "FULL")?;
+        let file = Readable { db, version: VERSION };
+        let mut state = format::state(&file)?;
+        if state.writing {
+            let last =
+                map.keyframes.last().map(|k| format!("its last keyframe is {}, of {}", map.next_id.saturating_sub(1), seconds(k.stamp_ns)));
+            notes.push(format!(
+                "the run before did not end in order; {}; what came in the {} s before its end may be missing, nothing else is",
+                last.unwrap_or_else(|| "it holds no keyframe".into()),
+                state.durable_s
+            ));
+        }
+        let Readable { mut db, .. } = file;
+        (state.writing, state.durable_s) = (true, durable_s);
+        let tx = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        note(&tx, &state)?;
+        tx.commit()?;
+        let file = identity(path).ok_or_else(|| Error::map("the file went away while it was being opened"))?;
+        Ok(Opened { store: Self { db, path: path.into(), state, file, _lock: lock }, map, notes })
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the file is where it was opened. One that was deleted or replaced takes what is written with it, without a word.
+    pub fn in_place(&self) -> bool {
+        identity(&self.path) == Some(self.file)
+    }
+
+    /// Writes changes; they are on the disk when this returns.
+    ///
+    /// Errors: the disk is full or gone, or somebody removed or replaced the file; then the file is as it was, and the same changes may be
+    /// tried again.
+    pub fn apply(&mut self, changes: &Changes) -> Result<()> {
+        let at = |e: Error| e.at(&self.path);
+        if !self.in_place() {
+            return Err(at(Error::map("the file was removed or replaced while it was in use")));
+        }
+        let tx = self.db.transaction_with_behavior(TransactionBehavior::Immediate).map_err(|e| at(e.into()))?;
+        let state = write(&tx, &self.state, changes).map_err(at)?;
+        tx.commit().map_err(|e| at(e.into()))?;
+        self.state = state;
+        Ok(())
+    }
+
+    /// Writes all that `map` has and the file does not. Returns the number of keyframes that were new.
+    ///
+    /// Errors: as [`Store::apply`]; what was written before stays written.
+    pub fn write_all(&mut self, map: &mut Map) -> Result<usize> {
+        let mut n = 0;
+        loop {
+            let changes = map.changes(BATCH);
+            if changes.is_empty() {
+                return Ok(n);
+            }
+            self.apply(&changes)?;
+            map.saved(&changes);
+            n += changes.keyframes();
+        }
+    }
+
+    /// Ends in order: one file, no journal.
+    ///
+    /// Errors: the disk is full or gone; all that was applied is there nevertheless.
+    pub fn close(self) -> Result<()> {
+        let end = || -> Result<()> {
+            note(&self.db, &State { writing: false, ..self.state.clone() })?;
+            self.db.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
+            Ok(())
+        };
+        end().map_err(|e| e.at(&self.path))
+    }
+}
+
+// By name only: opening and closing the file would give up SQLite's locks on it.
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()))
+}
+
+pub(super) fn seconds(stamp_ns: i64) -> String {
+    format!("{}.{:09}", stamp_ns.div_euclid(1_000_000_000), stamp_ns.rem_euclid(1_000_000_000))
+}
+
 impl Map {
-    /// Writes the map to `path`; the file there before stays whole if this fails. A file that is no map
-    /// is not overwritten.
+    /// Writes the whole map to `path`; the file there before stays whole if this fails. A file that is no map
+    /// is not overwritten, nor one that a process is writing.
     pub fn save(&self, path: &Path) -> Result<()> {
-        if path.exists() && !is_map(path) {
-            return Err(Error::map("the file exists and is not a StructVPR map; it is not overwritten").at(path));
+        let _lock = Lock::take(path)?;
+        if path.exists() {
+            if !is_map(path) {
+                return Err(Error::map("the file exists and is not a StructVPR map; it is not overwritten").at(path));
+            }
+            fold(path).map_err(|e| Error::map(format!("the file there is damaged; move it away first ({e})")).at(path))?;
         }
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".tmp");
-        let temporary = PathBuf::from(temporary);
-        if temporary.exists() {
-            std::fs::remove_file(&temporary).map_err(Error::io(&temporary))?;
+        self.replace(path).map_err(|e| e.at(path))
+    }
+
+    /// Writes a new file under a temporary name, then renames it. The caller has the lock.
+    fn replace(&self, path: &Path) -> Result<()> {
+        let temporary = beside(path, ".tmp");
+        for left in [&temporary, &beside(&temporary, "-journal")] {
+            if left.exists() {
+                std::fs::remove_file(left).map_err(Error::io(left))?;
+            }
         }
-        self.write(&temporary).map_err(|e| e.at(path))?;
-        std::fs::rename(&temporary, path).map_err(Error::io(path))
+        self.write(&temporary).inspect_err(|_| {
+            let _ = std::fs::remove_file(&temporary);
+        })?;
+        File::open(&temporary).and_then(|f| f.sync_all()).map_err(Error::io(&temporary))?;
+        std::fs::rename(&temporary, path).map_err(Error::io(path))?;
+        sync_folder(path)
     }
 
     fn write(&self, path: &Path) -> Result<()> {
@@ -52,225 +319,47 @@ impl Map {
         db.pragma_update(None, "application_id", APPLICATION_ID)?;
         db.pragma_update(None, "user_version", VERSION)?;
         let tx = db.transaction()?;
-        tx.execute_batch(TABLES)?;
-        tx.execute("INSERT INTO model VALUES (?1, ?2)", params![self.model.name, self.model.sha256])?;
-        {
-            let mut insert = tx.prepare("INSERT INTO keyframe VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16)")?;
-            for (id, k) in self.keyframes.iter().enumerate() {
-                let pose = k.odom_from_base.map(|p| {
-                    let (t, q) = (p.translation.vector, p.rotation.coords);
-                    [t.x, t.y, t.z, q.x, q.y, q.z, q.w]
-                });
-                let at = |i: usize| pose.map(|p| p[i]);
-                let blob: Vec<u8> = self.index.row(id).iter().flat_map(|v| v.to_le_bytes()).collect();
-                insert.execute(params![
-                    id as i64,
-                    k.session,
-                    k.stamp_ns,
-                    k.name,
-                    at(0),
-                    at(1),
-                    at(2),
-                    at(3),
-                    at(4),
-                    at(5),
-                    at(6),
-                    blob,
-                    k.robot,
-                    k.camera,
-                    self.thumbnail(id),
-                    self.features.get(&id).map(|f| f.as_bytes())
-                ])?;
+        for (_, sql) in TABLES {
+            tx.execute(sql, [])?;
+        }
+        tx.execute("INSERT INTO model VALUES (?1, ?2, ?3)", params![self.model.name, self.model.sha256, self.preprocessing])?;
+        tx.execute("INSERT INTO state VALUES ('', '', 0, 0, 0, 0, 0, 0)", [])?;
+        let mut whole = self.clone();
+        whole.nothing_saved();
+        let mut state = State::default();
+        loop {
+            let changes = whole.changes(BATCH);
+            if changes.is_empty() {
+                break;
             }
-            tx.execute("INSERT INTO features VALUES (?1)", params![self.features_identity])?;
-            let mut insert = tx.prepare("INSERT INTO calibration VALUES (?1, ?2, ?3)")?;
-            for ((session, camera), calibration) in &self.calibrations {
-                let json = serde_json::to_string(calibration).map_err(|e| Error::map(e.to_string()))?;
-                insert.execute(params![session, camera, json])?;
-            }
-            let mut insert = tx.prepare("INSERT INTO closure VALUES (?1, ?2)")?;
-            for l in &self.links {
-                insert.execute(params![l.query as i64, l.matched as i64])?;
-            }
+            state = write(&tx, &state, &changes)?;
+            whole.saved(&changes);
         }
         tx.commit()?;
         Ok(())
     }
 
-    /// Reads a map, checking that it was made by `model`.
+    /// Reads a map, checking that it was made by `model`. The file is not written to, and may be one that a process is writing.
     ///
-    /// Errors: no such file, not a map, a newer version, another model (by name), damaged rows.
+    /// Errors: no such file, not a map, a newer version, another model (by name), damage.
     pub fn load(path: &Path, model: &ModelIdentity) -> Result<Self> {
-        Self::read(path, model).map_err(|e| e.at(path))
+        let read = || format::read(&format::open(path, false)?, Some(model), &mut strict);
+        read().map_err(|e| e.at(path))
     }
 
-    fn read(path: &Path, model: &ModelIdentity) -> Result<Self> {
-        if !path.is_file() {
-            return Err(Error::map("no such file"));
-        }
-        let db = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-        let pragma = |name: &str| -> Result<i64> {
-            db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0)).map_err(|e| Error::map(format!("not a StructVPR map ({e})")))
-        };
-        if pragma("application_id")? != APPLICATION_ID {
-            return Err(Error::map("not a StructVPR map"));
-        }
-        let version = pragma("user_version")?;
-        if !(1..=VERSION).contains(&version) {
-            return Err(Error::map(format!("version {version}; this program reads versions 1 to {VERSION}")));
-        }
-        let found = db.query_row("SELECT name, sha256 FROM model", [], |r| Ok(ModelIdentity { name: r.get(0)?, sha256: r.get(1)? }))?;
-        if &found != model {
-            return Err(Error::map(format!(
-                "made with model {found}, but the model in use is {model}; descriptors of two models do not compare"
-            )));
-        }
-        let mut map = Map::new(found);
-        let mut identity = String::new();
-        let mut calibrations = std::collections::BTreeMap::new();
-        if version >= 3 {
-            identity = db.query_row("SELECT identity FROM features", [], |r| r.get(0))?;
-            let mut rows = db.prepare("SELECT session, camera, json FROM calibration")?;
-            let mut rows = rows.query([])?;
-            while let Some(row) = rows.next()? {
-                let (slot, json): ((u32, String), String) = ((row.get(0)?, row.get(1)?), row.get(2)?);
-                let camera = serde_json::from_str(&json).map_err(|e| Error::map(format!("calibration of camera `{}`: {e}", slot.1)))?;
-                calibrations.insert(slot, camera);
-            }
-        }
-        let mut rows = db.prepare("SELECT * FROM keyframe ORDER BY id")?;
-        let mut rows = rows.query([])?;
-        while let Some(row) = rows.next()? {
-            let id: i64 = row.get(0)?;
-            if id != map.keyframes.len() as i64 {
-                return Err(Error::map(format!("keyframe {} is missing", map.keyframes.len())));
-            }
-            let mut pose = [0f64; 7];
-            let mut has_pose = true;
-            for (i, p) in pose.iter_mut().enumerate() {
-                match row.get::<_, Option<f64>>(4 + i)? {
-                    Some(v) if v.is_finite() => *p = v,
-                    _ => has_pose = false,
-                }
-            }
-            let rotation = UnitQuaternion::try_new(Quaternion::new(pose[6], pose[3], pose[4], pose[5]), 1e-6);
-            let odom_from_base = match (has_pose, rotation) {
-                (true, Some(q)) => Some(Isometry3::from_parts(Translation3::new(pose[0], pose[1], pose[2]), q)),
-                _ => None,
-            };
-            let blob: Vec<u8> = row.get(11)?;
-            let values = blob.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-            let descriptor = Descriptor::new(values).map_err(|e| Error::map(format!("keyframe {id}: {e}")))?;
-            // Version 1 knew one robot with one camera.
-            let (robot, camera, thumbnail) =
-                if version == 1 { (0, String::new(), None) } else { (row.get(12)?, row.get(13)?, row.get(14)?) };
-            let features: Option<Vec<u8>> = if version >= 3 { row.get(15)? } else { None };
-            let keyframe = Keyframe { robot, session: row.get(1)?, camera, stamp_ns: row.get(2)?, name: row.get(3)?, odom_from_base };
-            let id = map.push(keyframe, &descriptor)?;
-            if let Some(jpeg) = thumbnail {
-                map.set_thumbnail(id, jpeg);
-            }
-            if let Some(bytes) = features {
-                let features = CompactFeatures::from_bytes(bytes).map_err(|e| Error::map(format!("keyframe {id}: {e}")))?;
-                map.set_features(id, &identity, features);
-            }
-        }
-        map.calibrations = calibrations;
-        let mut rows = db.prepare("SELECT query, matched FROM closure ORDER BY rowid")?;
-        let mut rows = rows.query([])?;
-        while let Some(row) = rows.next()? {
-            let (query, matched) = (row.get::<_, i64>(0)?, row.get::<_, i64>(1)?);
-            let n = map.keyframes.len() as i64;
-            if !(0..n).contains(&query) || !(0..n).contains(&matched) {
-                return Err(Error::map(format!("closure {query} - {matched} names a keyframe that is not there")));
-            }
-            map.links.push(Link { query: query as usize, matched: matched as usize });
-        }
-        Ok(map)
+    /// Reads a map of whatever model.
+    ///
+    /// Errors: as [`Map::load`], but for the model.
+    pub fn load_any(path: &Path) -> Result<Self> {
+        let read = || format::read(&format::open(path, false)?, None, &mut strict);
+        read().map_err(|e| e.at(path))
+    }
+
+    /// Whether `file`, just read, is what this map was when it was last in step with its file.
+    pub fn continues(&self, file: &Self) -> bool {
+        self.unsaved.is_behind(file.next_id, file.links.len()) && (file.keyframes.is_empty() || self.id() == file.id())
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn sample() -> Map {
-        let mut map = Map::new(ModelIdentity { name: "m".into(), sha256: "0123456789abcdef".into() });
-        for i in 0..5u8 {
-            let d = Descriptor::new(vec![1.0, f32::from(i), 0.5]).unwrap();
-            let pose = (i % 2 == 0).then(|| Isometry3::translation(f64::from(i), 1.0, 2.0));
-            let camera = ["front", "rear"][usize::from(i) % 2].to_string();
-            let (stamp_ns, name) = (i64::from(i) * 7, format!("{i}.jpg"));
-            map.push(Keyframe { robot: 3, session: 0, camera, stamp_ns, name, odom_from_base: pose }, &d).unwrap();
-        }
-        map.set_thumbnail(3, vec![0xff, 0xd8]);
-        let features = crate::features::Features::new(64, 48, vec![[3.0, 4.5]], vec![0.5], 3, vec![1.0, -0.5, 0.2]).unwrap();
-        map.set_features(2, "sift", CompactFeatures::new(&features));
-        let k = [50.0, 0.0, 32.0, 0.0, 50.0, 24.0, 0.0, 0.0, 1.0];
-        let camera =
-            crate::image::Camera { width: 64, height: 48, k, d: vec![0.1, -0.05, 0.0, 0.0, 0.0], distortion_model: "plumb_bob".into() };
-        map.set_calibration(0, "front", &camera);
-        map.link(Link { query: 4, matched: 1 });
-        map
-    }
-
-    #[test]
-    fn what_is_saved_is_loaded_and_saving_again_gives_the_same_bytes() -> Result<()> {
-        let dir = tempfile::tempdir().unwrap();
-        let (a, b) = (dir.path().join("a.map"), dir.path().join("b.map"));
-        let map = sample();
-        map.save(&a)?;
-        let back = Map::load(&a, map.model())?;
-        assert_eq!((back.keyframes(), back.links()), (map.keyframes(), map.links()));
-        assert_eq!((back.thumbnail(3), back.thumbnail(2)), (map.thumbnail(3), None));
-        assert_eq!(back.place(4), map.place(4));
-        assert_eq!(back.features(2, "sift"), map.features(2, "sift"));
-        assert!(back.features(2, "sift").is_some() && back.features(2, "orb").is_none() && back.features(3, "sift").is_none());
-        assert_eq!((back.calibration(2), back.calibration(1)), (map.calibration(2), None));
-        assert!(back.calibration(2).is_some());
-        back.save(&b)?;
-        back.save(&b)?;
-        assert_eq!(std::fs::read(&a).unwrap(), std::fs::read(&b).unwrap());
-        Ok(())
-    }
-
-    #[test]
-    fn another_model_a_foreign_file_and_a_newer_version_are_refused_by_name() -> Result<()> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("x.map");
-        let map = sample();
-        map.save(&path)?;
-        let check = |model: &ModelIdentity, want: &str| {
-            let said = Map::load(&path, model).map(|_| ()).unwrap_err().to_string();
-            assert!(said.contains(want) && said.contains("x.map"), "{said}");
-        };
-        check(&ModelIdentity { name: "other".into(), sha256: String::new() }, "`other`");
-        Connection::open(&path)?.pragma_update(None, "user_version", 99)?;
-        check(map.model(), "version 99");
-        std::fs::write(&path, b"hello").unwrap();
-        check(map.model(), "not a StructVPR map");
-        let said = map.save(&path).unwrap_err().to_string();
-        assert!(said.contains("not overwritten") && std::fs::read(&path).unwrap() == b"hello", "{said}");
-        std::fs::remove_file(&path).unwrap();
-        check(map.model(), "no such file");
-        Ok(())
-    }
-
-    #[test]
-    fn a_map_of_version_1_is_read() -> Result<()> {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("old.map");
-        let map = sample();
-        map.save(&path)?;
-        let db = Connection::open(&path)?;
-        for column in ["robot", "camera", "thumbnail", "features"] {
-            db.execute_batch(&format!("ALTER TABLE keyframe DROP COLUMN {column}"))?;
-        }
-        db.pragma_update(None, "user_version", 1)?;
-        drop(db);
-        let back = Map::load(&path, map.model())?;
-        assert_eq!(back.keyframes().len(), 5);
-        assert_eq!((back.keyframes()[3].robot, back.keyframes()[3].camera.as_str(), back.thumbnail(3)), (0, "", None));
-        Ok(())
-    }
-}
+mod tests;

@@ -77,6 +77,15 @@ impl Model {
         &self.weights.spec
     }
 
+    /// How it prepares images, JSON: what a map keeps, for people to read.
+    pub fn preprocessing(&self) -> String {
+        let s = self.spec();
+        serde_json::json!({
+            "input": [s.input_width, s.input_height], "mean": s.mean, "std": s.std, "padding": s.padding, "pooling": s.pooling, "tap_norm": s.tap_norm,
+        })
+        .to_string()
+    }
+
     /// The folded weights.
     pub fn weights(&self) -> &Weights {
         &self.weights

@@ -33,10 +33,10 @@ pub fn header(h: &Header) -> HeaderMsg {
     HeaderMsg { stamp: time(h.stamp_ns), frame_id: h.frame_id.clone() }
 }
 
-/// `row`: `None` where it is not in the map.
-pub fn keyframe_id(robot: u32, session: u32, row: Option<usize>, stamp_ns: i64) -> KeyframeId {
+/// `id`: `None` where it is not in the map.
+pub fn keyframe_id(robot: u32, session: u32, id: Option<u64>, stamp_ns: i64) -> KeyframeId {
     // NOT_IN_MAP is the largest number, which C's enums, and so r2r's constants, cannot hold.
-    let keyframe_id = row.map_or(u64::MAX, |r| r as u64);
+    let keyframe_id = id.unwrap_or(u64::MAX);
     KeyframeId { robot_id: robot, session_id: session.into(), keyframe_id, stamp: time(stamp_ns) }
 }
 
@@ -68,10 +68,10 @@ fn candidate(query: &KeyframeId, c: &Candidate) -> Msg {
     let short = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
     Msg {
         query: query.clone(),
-        match_: keyframe_id(c.robot, c.session, Some(c.row), c.stamp_ns),
+        match_: keyframe_id(c.robot, c.session, Some(c.id), c.stamp_ns),
         kind,
         similarity: c.similarity,
-        confidence: f32::NAN,
+        confidence: c.confidence.unwrap_or(f32::NAN),
         margin: c.margin.unwrap_or(f32::NAN),
         rank: short(c.rank),
         consistent_count: short(c.consistent_count),
@@ -150,8 +150,7 @@ pub fn candidates(
 
 /// The id of a keyframe.
 pub fn query_id(robot: u32, keyed: &Keyed) -> KeyframeId {
-    let row = keyed.decision.added.then_some(keyed.decision.query);
-    keyframe_id(robot, keyed.decision.session, row, keyed.header.stamp_ns)
+    keyframe_id(robot, keyed.decision.session, keyed.id, keyed.header.stamp_ns)
 }
 
 /// The descriptor, f32 little-endian.
@@ -275,15 +274,15 @@ pub fn pose_graph(
 ) -> r2r::pose_graph_tools_msgs::msg::PoseGraph {
     use r2r::pose_graph_tools_msgs::msg::{PoseGraph, PoseGraphEdge, PoseGraphNode};
     let at = |stamp_ns: i64| HeaderMsg { stamp: time(stamp_ns), frame_id: frame_id.into() };
-    let node = |robot: u32, row: usize, stamp_ns: i64, p: Option<Isometry3<f64>>| {
-        Some(PoseGraphNode { header: at(stamp_ns), robot_id: robot as i32, key: row as u64, pose: pose(&p?), ..Default::default() })
+    let node = |robot: u32, id: u64, stamp_ns: i64, p: Option<Isometry3<f64>>| {
+        Some(PoseGraphNode { header: at(stamp_ns), robot_id: robot as i32, key: id, pose: pose(&p?), ..Default::default() })
     };
-    let (query, stamp_ns) = (keyed.decision.query, keyed.header.stamp_ns);
+    let (query, stamp_ns) = (keyed.id.unwrap_or(u64::MAX), keyed.header.stamp_ns);
     let (way, covariance) = relative(c, settings);
     let edge = PoseGraphEdge {
         header: at(stamp_ns),
-        key_from: c.row as u64,
-        key_to: query as u64,
+        key_from: c.id,
+        key_to: query,
         robot_from: c.robot as i32,
         robot_to: robot as i32,
         type_: PoseGraphEdge::LOOPCLOSE as i32,
@@ -291,6 +290,6 @@ pub fn pose_graph(
         covariance,
         ..Default::default()
     };
-    let ends = [node(c.robot, c.row, c.stamp_ns, keyed.match_pose), node(robot, query, stamp_ns, keyed.odom_from_base)];
+    let ends = [node(c.robot, c.id, c.stamp_ns, keyed.match_pose), node(robot, query, stamp_ns, keyed.odom_from_base)];
     PoseGraph { header: at(stamp_ns), nodes: ends.into_iter().flatten().collect(), edges: vec![edge], ..Default::default() }
 }

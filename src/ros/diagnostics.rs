@@ -232,6 +232,7 @@ impl Diagnostics {
             ("session", map.session.to_string()),
             ("saved", if map.file.is_some() { map.saved.to_string() } else { "memory only".into() }),
             ("file", map.file.map_or(String::new(), |f| f.display().to_string())),
+            ("thinned", self.engine.stats().thinned.to_string()),
             ("localization_only", map.localization_only.to_string()),
             ("memory_mib", memory_mib().map_or("unknown".into(), |m| format!("{m:.1}"))),
         ];

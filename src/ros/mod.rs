@@ -118,6 +118,9 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
     let map = engine.map_report();
     let file = map.file.map_or("in memory only (set map.file to keep it)".into(), |f| format!("in {}", f.display()));
     r2r::log_info!(logger, "model {}; map of {} keyframes, {file}", engine.model().identity(), map.keyframes);
+    for note in engine.notes() {
+        r2r::log_warn!(logger, "map: {note}");
+    }
 
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|e| format!("no threads for tasks: {e}"))?;
@@ -171,7 +174,7 @@ fn run(node: &mut Node, logger: &str, args: &[String]) -> Result<(), String> {
     drop(end_saver);
     // It may be in the middle of a save, which counts.
     let _ = saver.join();
-    let saved = engine.save_changes().map_err(|e| format!("the map could not be saved: {e}"))?;
+    let saved = engine.close().map_err(|e| format!("the map could not be saved: {e}"))?;
     match saved {
         Some((path, n)) => r2r::log_info!(logger, "{n} keyframes saved to {}", path.display()),
         None => r2r::log_info!(logger, "nothing left to save"),
@@ -267,18 +270,14 @@ fn subscribe(node: &mut Node, engine: &Arc<Engine>, settings: &Settings) -> r2r:
     Ok((inputs, drains))
 }
 
-/// Saves the map when the settings say so; `wait` sleeps and returns whether to go on.
+/// Writes what is new to the map's file, so often that nothing waits longer than the settings say; `wait` sleeps and returns whether to
+/// go on.
 fn save_now_and_then(engine: &Engine, logger: &str, wait: impl Fn(Duration) -> bool) {
-    let mut last = Instant::now();
-    // The interval may change while running.
-    while wait(Duration::from_millis(500)) {
-        let every = engine.settings().map.autosave_s;
-        if every > 0.0 && last.elapsed().as_secs_f64() >= every {
-            last = Instant::now();
-            // A failure stands in the diagnostics, which log it; the next round tries again.
-            if let Ok(Some((path, n))) = engine.save_changes() {
-                r2r::log_debug!(logger, "{n} keyframes saved to {}", path.display());
-            }
+    // Half the bound: a keyframe that just missed one round is written by the next. The interval may change while running.
+    while wait(Duration::from_secs_f64((engine.settings().map.durable_s / 2.0).clamp(0.02, 1800.0))) {
+        // A failure stands in the diagnostics, which log it; the next round tries again.
+        if let Ok(Some((path, n))) = engine.save_changes() {
+            r2r::log_debug!(logger, "{n} keyframes in {}", path.display());
         }
     }
 }

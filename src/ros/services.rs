@@ -50,9 +50,7 @@ fn query_image(engine: &Engine, request: &QueryImage::Request) -> QueryImage::Re
 }
 
 fn verify_pair(engine: &Engine, request: &VerifyPair::Request) -> VerifyPair::Response {
-    // An id that no row can have is answered as one that is not there.
-    let row = |id: u64| usize::try_from(id).unwrap_or(usize::MAX);
-    let result = engine.verify_pair(row(request.a.keyframe_id), row(request.b.keyframe_id));
+    let result = engine.verify_pair(request.a.keyframe_id, request.b.keyframe_id);
     let verification = result.as_ref().map(convert::verification).unwrap_or_default();
     let (success, message) = said(result, |c| match c.failure {
         Some(failure) => format!("the images do not agree: {}", failure.name()),

@@ -87,3 +87,16 @@ fn big_endian_and_foreign_encodings() {
     let cut = PoseStamped::decode(&[0, 1, 0, 0, 1, 0, 0, 0]).unwrap_err().to_string();
     assert!(cut.contains("at byte 8") && cut.contains("wants 4 bytes, 0 are left"), "{cut}");
 }
+
+/// Found by a mutated message: the length overflowed, the quaternion became zero, and passed as a rotation.
+#[test]
+fn a_quaternion_whose_length_overflows_is_refused() {
+    let header = Header { stamp_ns: 1, frame_id: "odom".into() };
+    let good = Odometry { header, child_frame_id: "base".into(), pose: nalgebra::Isometry3::identity() }.encode();
+    let one = good.windows(8).position(|w| w == 1f64.to_le_bytes()).unwrap();
+    let mut bad = good.clone();
+    bad[one..one + 8].copy_from_slice(&1e200f64.to_le_bytes());
+    assert!(Odometry::decode(&good).is_ok());
+    let said = Odometry::decode(&bad).unwrap_err().to_string();
+    assert!(said.contains("quaternion"), "{said}");
+}

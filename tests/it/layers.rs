@@ -18,9 +18,27 @@ fn sources(dir: &Path) -> Vec<(PathBuf, String)> {
 }
 
 /// Lower layers first; each may use itself and those before it.
-const LAYERS: [&str; 18] = [
-    "error", "simd", "pickle", "odometry", "image", "config", "model", "features", "geometry", "map", "rerank", "pipeline", "eval",
-    "dataset", "bag", "replay", "live", "ros",
+const LAYERS: [&str; 20] = [
+    "error",
+    "simd",
+    "sqlite",
+    "pickle",
+    "odometry",
+    "image",
+    "config",
+    "model",
+    "features",
+    "geometry",
+    "map",
+    "rerank",
+    "pipeline",
+    "confidence",
+    "eval",
+    "dataset",
+    "bag",
+    "replay",
+    "live",
+    "ros",
 ];
 
 #[test]

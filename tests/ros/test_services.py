@@ -1,11 +1,13 @@
 """The node's own services, and what a restart keeps."""
 
+import shutil
 import signal
 import struct
+import subprocess
 import zlib
 
 import pytest
-from harness import ROOT, accepted, qos, read_bag, tool
+from harness import NODE, ROOT, accepted, qos, read_bag, tool
 from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_srvs.srv import SetBool, Trigger
@@ -17,7 +19,6 @@ QUICK = {
     "decision.min_consistent": 2,
     "keyframe.min_descriptor_change": 0.0,
     "publish.diagnostics_period_s": 0.1,
-    "map.autosave_s": 0.0,
     "qos.image.reliability": "reliable",
     "qos.image.depth": 1000,
     "input.queue_depth": 1000,
@@ -62,7 +63,7 @@ def test_a_map_outlives_the_node(start, robot, short_street, tmp_path):
     file = tmp_path / "site.svpr"
     node = start({**QUICK, "map.file": str(file)})
     first = drive(robot, heard, lap)
-    assert len(first) == 100 and not file.exists()
+    assert len(first) == 100 and file.exists()
     answer = robot.call(SaveMap, "save_map", SaveMap.Request(path=str(tmp_path / "copy.svpr")))
     assert answer.success and answer.keyframes == len(first) and (tmp_path / "copy.svpr").exists(), answer
     answer = robot.call(SaveMap, "save_map", SaveMap.Request(path="/no/such/folder/x"))
@@ -166,20 +167,25 @@ def test_pause_localization_relocalization_and_reset(start, robot, short_street,
 def test_the_map_is_saved_by_itself(start, robot, short_street, tmp_path):
     file = tmp_path / "site.svpr"
     heard = robot.candidates()
-    node = start({**QUICK, "map.file": str(file), "map.autosave_s": 0.5})
+    node = start({**QUICK, "map.file": str(file), "map.durable_s": 0.5})
     drive(robot, heard, images(short_street)[:20])
     robot.until(lambda: robot.status("map")[2]["saved"] == "true", 10, "a save")
+    rival = subprocess.run(
+        [str(NODE), "--ros-args", "-p", f"map.file:={file}"], capture_output=True, text=True, timeout=20
+    )
+    assert rival.returncode == 1 and f"process {node.process.pid}" in rival.stderr, rival.stderr
     node.kill()
     node = start({**QUICK, "map.file": str(file)})
     assert f"map of {len(heard)} keyframes" in node.text() and heard
+    assert "did not end in order" in node.text()
 
 
 def test_a_map_that_cannot_be_saved_is_told(start, robot, short_street, tmp_path):
     folder = tmp_path / "stick"
     folder.mkdir()
     heard = robot.candidates()
-    node = start({**QUICK, "map.file": str(folder / "m"), "map.autosave_s": 0.2})
-    folder.rmdir()
+    node = start({**QUICK, "map.file": str(folder / "m"), "map.durable_s": 0.2})
+    shutil.rmtree(folder)
     drive(robot, heard, images(short_street)[:5])
     robot.until(lambda: robot.status("map")[0] == 2, 10, "an error")
     assert "could not be saved" in robot.status("map")[1] and str(folder) in robot.status("map")[1]

@@ -30,7 +30,7 @@ fn two_laps_of_a_street_close_and_nothing_false_does() {
     let model = Model::shipped().unwrap();
     let detector = LoopDetector::new(Config::default(), Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();
     let options = RunOptions { undistort: false, odometry: true };
-    let run = replay::run(&*sequence, &model, detector, None, options, &mut |_| {}).unwrap();
+    let run = replay::run(&*sequence, &model, detector, None, options, &mut |_, _| Ok(())).unwrap();
     assert!(run.warnings.is_empty(), "{:?}", run.warnings);
     let scores = score_run(&run.keyframes(), 10.0, 0.8);
     assert_eq!(scores.false_closures, 0, "{scores:?}");
@@ -52,7 +52,7 @@ fn depth_in_a_bag_gives_metres() {
     let verifier = Reranker::from_settings(&config.verification).unwrap();
     let mut detector = LoopDetector::new(config, Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();
     detector.set_verifier(verifier.map(Arc::new));
-    let run = replay::run(&*sequence, &model, detector, None, RunOptions { undistort: false, odometry: true }, &mut |_| {}).unwrap();
+    let run = replay::run(&*sequence, &model, detector, None, RunOptions { undistort: false, odometry: true }, &mut |_, _| Ok(())).unwrap();
     let (mut metric, mut right, mut unscaled) = (0, 0, 0);
     for d in &run.decisions {
         let Some(best) = d.reranked.first().filter(|r| r.lead >= 0.35) else { continue };

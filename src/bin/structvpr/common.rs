@@ -25,7 +25,7 @@ pub fn load_model(path: Option<&Path>) -> Result<Model> {
 }
 
 /// The second stage, as several commands take it.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub struct RerankArgs {
     /// Re-rank the best by matching local features and their geometry: sift, orb, akaze, or a network (superpoint_vgg,
     /// superpoint_squeeze, xfeat), which wants --rerank-weights.

@@ -4,12 +4,14 @@
 //! 2 the arguments are wrong; 3 `doctor` found something to change.
 
 mod bench;
+mod calibrate;
 mod common;
 mod compare;
 mod convert;
 mod describe;
 mod doctor;
 mod eval;
+mod map;
 mod models;
 mod replay;
 
@@ -41,6 +43,10 @@ enum Command {
     Convert(convert::Args),
     /// List, check and convert weights for local features and matching; say where each is to be had.
     Models(models::Args),
+    /// Look into map files: info, verify, merge, prune, export.
+    Map(map::Args),
+    /// Fit scores to probabilities on a bag with ground truth, so that the node publishes a confidence.
+    Calibrate(calibrate::Args),
     /// Say in words why few or no loops were found, and which setting to change.
     Doctor(doctor::Args),
     /// Measure descriptor, search, SuperPoint, matching and verification on this machine, with --peers against their peers.
@@ -57,6 +63,8 @@ fn main() -> ExitCode {
         Command::Compare(args) => compare::run(args),
         Command::Convert(args) => convert::run(args),
         Command::Models(args) => models::run(args),
+        Command::Map(args) => map::run(args),
+        Command::Calibrate(args) => calibrate::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     };

@@ -8,19 +8,20 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use structvpr::config::{Config, VerificationConfig};
 use structvpr::dataset::PoseTable;
 use structvpr::error::write_file;
 use structvpr::eval::report::{html, DrawnClosure, Pair, ReportData};
 use structvpr::eval::{score_run, write_npz, LoopScores, Matrix, PrCurve, Scored, Verdict};
-use structvpr::map::Map;
+use structvpr::map::{Map, Store};
 use structvpr::model::Model;
 use structvpr::pipeline::{Evidence, LoopDetector, Outcome, Reason};
 use structvpr::replay::{self, Run, Sequence, SourceOptions};
 use structvpr::rerank::Reranker;
 
-/// What to run over and how: shared with `doctor`.
-#[derive(clap::Args)]
+/// What to run over and how: shared with `doctor` and `calibrate`.
+#[derive(clap::Args, Clone)]
 pub struct RunArgs {
     /// A bag (folder, .mcap, .db3), or one or more folders of images, run one after the other.
     #[arg(required = true)]
@@ -71,6 +72,23 @@ pub struct RunArgs {
     top_k: Option<usize>,
 }
 
+impl RunArgs {
+    /// Radius (metres, or the truth's unit) and angle (degrees) within which two keyframes show one place.
+    pub fn truth_limits(&self) -> (f64, f64) {
+        (self.truth_radius, self.truth_angle)
+    }
+
+    /// Whether a map is begun with.
+    pub fn has_map(&self) -> bool {
+        self.map.is_some()
+    }
+
+    /// The same over another input.
+    pub fn over(&self, input: &Path, ground_truth: Option<&Path>) -> Self {
+        Self { input: vec![input.into()], ground_truth: ground_truth.map(Path::to_path_buf), ..self.clone() }
+    }
+}
+
 #[derive(clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -82,6 +100,9 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 }
+
+/// A long run is written to its map so often, seconds.
+const DURABLE_S: u32 = 5;
 
 /// A run with its scores.
 pub struct Finished {
@@ -125,9 +146,13 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
         None => None,
     };
     let model = common::load_model(args.model.as_deref())?;
-    let map = match &args.map {
-        Some(path) if path.exists() => Map::load(path, model.identity())?,
-        _ => Map::new(model.identity().clone()),
+    let (mut store, map) = match &args.map {
+        Some(path) => {
+            let opened = Store::open(path, model.identity(), &model.preprocessing(), f64::from(DURABLE_S))?;
+            opened.notes.iter().for_each(|n| eprintln!("structvpr: {}: {n}", path.display()));
+            (Some(opened.store), opened.map)
+        }
+        None => (None, Map::new(model.identity().clone())),
     };
     let options = SourceOptions {
         topic: args.topic.clone(),
@@ -142,10 +167,21 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
     detector.set_verifier(verifier.map(Arc::new));
     let bar = common::progress(sequence.len_hint(), "images");
     let run_options = replay::RunOptions { undistort: args.undistort, odometry: !args.no_odometry };
-    let run = replay::run(&*sequence, &model, detector, truth.as_ref(), run_options, &mut |n| bar.set_position(n))?;
+    let mut written = Instant::now();
+    let mut run = replay::run(&*sequence, &model, detector, truth.as_ref(), run_options, &mut |n, detector| {
+        bar.set_position(n);
+        match &mut store {
+            Some(store) if written.elapsed() >= Duration::from_secs(DURABLE_S.into()) => {
+                written = Instant::now();
+                detector.write(store).map(drop)
+            }
+            _ => Ok(()),
+        }
+    })?;
     bar.finish_and_clear();
-    if let Some(path) = &args.map {
-        run.detector.map().save(path)?;
+    if let Some(mut store) = store {
+        run.detector.write(&mut store)?;
+        store.close()?;
     }
     let known = run.truth.iter().any(Option::is_some);
     if args.ground_truth.is_some() {
@@ -251,14 +287,15 @@ impl Finished {
             "time_gap_s",
             "verdict",
         ])?;
-        let keyframes = self.run.detector.map().keyframes();
+        let map = self.run.detector.map();
+        let keyframes = map.keyframes();
         for (q, e) in self.closures() {
             let (a, b) = (&keyframes[q], &keyframes[e.matched]);
             out.write_record([
-                q.to_string(),
+                map.id_of(q).to_string(),
                 stamp(a.stamp_ns),
                 a.name.clone(),
-                e.matched.to_string(),
+                map.id_of(e.matched).to_string(),
                 stamp(b.stamp_ns),
                 b.name.clone(),
                 digits(e.similarity.into()),
@@ -305,19 +342,20 @@ impl Finished {
                 Outcome::Closure => ("ACCEPTED", "NONE"),
                 Outcome::Rejected(reason) => ("REJECTED", reason.name()),
             };
+            let id = |row: usize| self.run.detector.map().id_of(row).to_string();
             let matched = e.map(|e| &keyframes[e.matched]);
             let second = e.and_then(|e| e.second);
             out.write_record([
-                q.to_string(),
+                id(q),
                 stamp(keyframes[q].stamp_ns),
                 keyframes[q].name.clone(),
                 decision.into(),
                 reason.into(),
-                e.map(|e| e.matched.to_string()).unwrap_or_default(),
+                e.map(|e| id(e.matched)).unwrap_or_default(),
                 matched.map(|m| stamp(m.stamp_ns)).unwrap_or_default(),
                 matched.map(|m| m.name.clone()).unwrap_or_default(),
                 optional(e.map(|e| e.similarity.into())),
-                second.map(|s| s.row.to_string()).unwrap_or_default(),
+                second.map(|s| id(s.row)).unwrap_or_default(),
                 optional(second.map(|s| s.similarity.into())),
                 optional(e.and_then(|e| e.margin).map(f64::from)),
                 e.map(|e| e.consistent_count.to_string()).unwrap_or_default(),
