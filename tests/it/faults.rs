@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use structvpr::bag::messages::{CompressedImage, Header, Image, Message, Odometry};
 use structvpr::config::Settings;
+use structvpr::descriptor::Descriptor;
 use structvpr::image::RgbImage;
 use structvpr::live::inbox::Level;
 use structvpr::live::Engine;
-use structvpr::map::{Map, Store};
+use structvpr::map::{Keyframe, Map, Store};
 use structvpr::model::Model;
 
 fn random(seed: &mut u64, below: u64) -> u64 {
@@ -344,4 +345,37 @@ fn beside(path: &Path, ending: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(ending);
     name.into()
+}
+
+/// What a large map costs to open; printed, not judged. `scripts/soak` runs it.
+#[test]
+#[ignore = "writes half a gigabyte"]
+fn load_time_of_100_000_keyframes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let model = Model::shipped().unwrap();
+    let mut map = Map::new(model.identity().clone());
+    let mut seed = 5;
+    for i in 0..100_000i64 {
+        let d = Descriptor::new((0..448).map(|_| random(&mut seed, 2000) as f32 - 1000.0).collect()).unwrap();
+        let odom_from_base = Some(nalgebra::Isometry3::translation(i as f64, 0.0, 0.0));
+        let k = Keyframe { robot: 0, session: 0, camera: String::new(), stamp_ns: i, name: format!("{i}"), odom_from_base };
+        let row = map.push(k, &d).unwrap();
+        map.set_thumbnail(row, vec![7; 5000]);
+    }
+    map.save(&path).unwrap();
+    drop(map);
+    let before = rss_mib();
+    let clock = Instant::now();
+    let opened = Store::open(&path, model.identity(), "", 1.0).unwrap();
+    let took = clock.elapsed();
+    let kib = (rss_mib() - before) as f64 * 1024.0 / 100_000.0;
+    assert_eq!(opened.map.keyframes().len(), 100_000);
+    let clock = Instant::now();
+    opened.store.close().unwrap();
+    println!(
+        "100 000 keyframes with thumbnails of 5 kB: {:.0} MB on disk, opened in {took:.2?}, closed in {:.2?}, {kib:.1} KiB of memory each",
+        std::fs::metadata(&path).unwrap().len() as f64 / 1e6,
+        clock.elapsed()
+    );
 }
