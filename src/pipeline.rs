@@ -389,6 +389,11 @@ impl LoopDetector {
         self.map.nothing_saved();
     }
 
+    /// Takes note of what the map's file holds; see [`Map::resume`].
+    pub fn resume(&mut self, file: &Map) -> bool {
+        self.map.resume(file)
+    }
+
     /// Writes what is new of the map to its file.
     ///
     /// Errors: it cannot be written; what was there stays whole.

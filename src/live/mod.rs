@@ -19,7 +19,7 @@ use crate::error::{read_file, Error, Result};
 use crate::features::Features;
 use crate::geometry::View;
 use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
-use crate::map::{Changes, Hit, Map, Store};
+use crate::map::{Hit, Map, Store};
 use crate::model::Model;
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
@@ -576,7 +576,7 @@ impl Engine {
         };
         let mut detector = lock(&self.detector);
         // Before the frame, so that the rows of its decision hold until the next; in batches, for it looks at the whole map.
-        if most > 0 && detector.map().keyframes().len() >= most + most / 50 + 1 && !detector.localization_only() {
+        if most > 0 && detector.map().keyframes().len() > most + most / 50 && !detector.localization_only() {
             let gone = detector.thin(most);
             lock(&self.stats).thinned += gone as u64;
         }
@@ -830,7 +830,12 @@ impl Engine {
             self.swap(new_map(&self.model));
             return Ok("the map is empty".into());
         };
+        if store.is_none() && lock(&self.detector).localization_only() {
+            self.swap(new_map(&self.model));
+            return Ok(format!("the map is empty; its file {} was only read, and stays", path.display()));
+        }
         self.write(&mut store)?;
+        self.open_store(&mut store, &path)?;
         let mut detector = lock(&self.detector);
         self.write_rest(&mut store, &mut detector)?;
         if let Some(open) = store.take() {
@@ -924,9 +929,11 @@ impl Engine {
                 let existed = path.exists();
                 let durable_s = lock(&self.settings).map.durable_s;
                 let opened = Store::open(path, self.model.identity(), &self.model.preprocessing(), durable_s)?;
-                if existed && !lock(&self.detector).map().continues(&opened.map) {
+                if existed && !lock(&self.detector).resume(&opened.map) {
                     opened.store.close()?;
-                    let why = "the file holds more than was read from it: another node has written it; load it again (~/load_map), or save under another name";
+                    let why =
+                        "the file holds more than was read from it, or less than was written: somebody else has written it; load it again \
+                               (~/load_map), or save under another name (~/save_map)";
                     return Err(Error::map(why).at(path));
                 }
                 opened.store
@@ -948,8 +955,14 @@ impl Engine {
             if changes.is_empty() {
                 break Ok(wrote);
             }
-            let apply = |store: &mut Option<Store>, changes: &Changes| self.open_store(store, &path)?.apply(changes);
-            if let Err(e) = apply(store, &changes) {
+            if store.is_none() {
+                // What the file holds already may be less than was thought, or more.
+                match self.open_store(store, &path) {
+                    Ok(_) => continue,
+                    Err(e) => break Err(e),
+                }
+            }
+            if let Err(e) = self.open_store(store, &path).and_then(|open| open.apply(&changes)) {
                 break Err(e);
             }
             lock(&self.detector).saved(&changes);

@@ -250,9 +250,17 @@ fn a_map_file_that_is_removed_under_the_node_is_written_again_whole() {
     let said = engine.save_changes().unwrap_err().to_string();
     assert!(said.contains("stick") && engine.map_report().error.is_some(), "{said}");
     std::fs::create_dir(&folder).unwrap();
-    assert_eq!(engine.close().unwrap(), Some((file.clone(), 6)));
+    assert_eq!(engine.save_changes().unwrap(), Some((file.clone(), 6)));
+    // Pulled out and put back as it was: gone on with.
+    let away = dir.path().join("away");
+    std::fs::rename(&folder, &away).unwrap();
+    run(&engine, [(0, message(11.0, 8))]);
+    assert!(engine.save_changes().is_err());
+    std::fs::rename(&away, &folder).unwrap();
+    run(&engine, [(0, message(12.0, 9))]);
+    assert_eq!(engine.close().unwrap(), Some((file.clone(), 8)));
     let map = Map::load(&file, engine.model().identity()).unwrap();
-    assert!(map.keyframes().len() == 6 && map.thumbnail(0).is_some());
+    assert!(map.keyframes().len() == 8 && (0..8).all(|row| map.thumbnail(row).is_some()));
 }
 
 #[test]

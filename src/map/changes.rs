@@ -41,9 +41,9 @@ impl Unsaved {
         self.settings += 1;
     }
 
-    /// Whether a file that would continue at this keyframe, with so many closures, is the one that was last written.
-    pub(super) fn is_behind(&self, next_id: u64, links: usize) -> bool {
-        self.from == next_id && self.links == links
+    /// Of a file that holds what came before `next_id`; closures and settings are written anew.
+    pub(super) fn resuming(next_id: u64) -> Self {
+        Self { from: next_id, moved: 1, settings: 1, ..Self::default() }
     }
 
     /// Keyframes are no more, and closures were moved.
@@ -67,6 +67,16 @@ pub(super) struct Row {
     pub features: Option<Arc<CompactFeatures>>,
 }
 
+/// A written keyframe with what is new of it.
+#[derive(Clone, Debug)]
+pub(super) struct Touched {
+    pub id: u64,
+    /// At its last change.
+    pub count: u64,
+    pub thumbnail: Option<Arc<[u8]>>,
+    pub features: Option<Arc<CompactFeatures>>,
+}
+
 /// The closures of a batch, by ids.
 #[derive(Clone, Debug)]
 pub(super) struct Links {
@@ -81,7 +91,7 @@ pub struct Changes {
     pub(super) name: String,
     pub(super) rows: Vec<Row>,
     pub(super) next: u64,
-    pub(super) touched: Vec<(u64, u64, Option<Arc<[u8]>>, Option<Arc<CompactFeatures>>)>,
+    pub(super) touched: Vec<Touched>,
     pub(super) removed: BTreeSet<u64>,
     pub(super) links: Option<Links>,
     pub(super) features_identity: String,
@@ -119,7 +129,7 @@ impl Map {
             .collect();
         let touched = self.unsaved.touched.iter().take(limit).filter_map(|(id, count)| {
             let (thumbnail, features) = blobs(self.row_of(*id)?);
-            Some((*id, *count, thumbnail, features))
+            Some(Touched { id: *id, count: *count, thumbnail, features })
         });
         // A closure is written once its keyframes are.
         let complete = end == self.ids.len();
@@ -167,9 +177,9 @@ impl Map {
                 Err(_) => {}
             }
         }
-        for (id, count, ..) in &changes.touched {
-            if u.touched.get(id) == Some(count) {
-                u.touched.remove(id);
+        for touched in &changes.touched {
+            if u.touched.get(&touched.id) == Some(&touched.count) {
+                u.touched.remove(&touched.id);
             }
         }
         if let Some(links) = &changes.links {

@@ -62,7 +62,8 @@ impl Crc {
     }
     pub(super) fn real(self, v: Option<f64>) -> Self {
         match v {
-            Some(v) => self.bytes(&v.to_bits().to_le_bytes()),
+            // SQLite keeps no sign of a zero.
+            Some(v) => self.bytes(&(v + 0.0).to_bits().to_le_bytes()),
             None => self.bytes(&[]),
         }
     }
@@ -117,6 +118,8 @@ impl Core {
             let (t, q) = (p.translation.vector, p.rotation.coords);
             [t.x, t.y, t.z, q.x, q.y, q.z, q.w]
         });
+        // SQLite keeps no NaN; a pose that is none is none.
+        let pose = pose.filter(|p| p.iter().all(|v| v.is_finite()));
         let pose = std::array::from_fn(|i| pose.map(|p| p[i]));
         let descriptor: Vec<u8> = row.descriptor.iter().flat_map(|v| v.to_le_bytes()).collect();
         let crc = Self::crc(row.id as i64, &row.keyframe, row.position, &pose, &descriptor);
@@ -213,7 +216,9 @@ fn keyframe(row: &rusqlite::Row<'_>, version: i64) -> Result<Read> {
     }
     let odom_from_base = match pose.map(|p| p.filter(|v| v.is_finite())) {
         [Some(x), Some(y), Some(z), Some(i), Some(j), Some(k), Some(w)] => {
-            UnitQuaternion::try_new(Quaternion::new(w, i, j, k), 1e-6).map(|q| Isometry3::from_parts(Translation3::new(x, y, z), q))
+            let q = Quaternion::new(w, i, j, k);
+            // As it was: normalising once more would move it by a rounding.
+            ((q.norm() - 1.0).abs() < 1e-6).then(|| Isometry3::from_parts(Translation3::new(x, y, z), UnitQuaternion::new_unchecked(q)))
         }
         _ => None,
     };

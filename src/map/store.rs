@@ -4,10 +4,10 @@
 //! are gone. Each batch of changes is one transaction, on the disk (fsync) when [`Store::apply`] returns. After a kill or a
 //! power cut the file opens as it is: SQLite takes in what is whole of the journal.
 
-use super::changes::Changes;
+use super::changes::{Changes, Unsaved};
 use super::format::{self, crc_of_blobs, crc_of_calibration, crc_of_closure, Core, Readable, State, APPLICATION_ID, TABLES, VERSION};
 use super::lock::Lock;
-use super::Map;
+use super::{Keyframe, Map};
 use crate::descriptor::ModelIdentity;
 use crate::error::{Error, Result};
 use rusqlite::{params, Connection, OpenFlags, Transaction, TransactionBehavior};
@@ -111,9 +111,9 @@ fn write(tx: &Transaction<'_>, state: &State, changes: &Changes) -> Result<State
             state.keyframes += 1;
         }
         let mut update = tx.prepare_cached("UPDATE keyframe SET thumbnail = ?2, features = ?3, blob_crc = ?4 WHERE id = ?1")?;
-        for (id, _, thumbnail, features) in &changes.touched {
-            let (thumbnail, features) = (thumbnail.as_deref(), features.as_ref().map(|f| f.as_bytes()));
-            update.execute(params![*id as i64, thumbnail, features, crc_of_blobs(thumbnail, features)])?;
+        for touched in &changes.touched {
+            let (thumbnail, features) = (touched.thumbnail.as_deref(), touched.features.as_ref().map(|f| f.as_bytes()));
+            update.execute(params![touched.id as i64, thumbnail, features, crc_of_blobs(thumbnail, features)])?;
         }
         if let Some(links) = &changes.links {
             if links.keep == 0 {
@@ -266,12 +266,10 @@ impl Store {
     ///
     /// Errors: the disk is full or gone; all that was applied is there nevertheless.
     pub fn close(self) -> Result<()> {
-        let end = || -> Result<()> {
-            note(&self.db, &State { writing: false, ..self.state.clone() })?;
-            self.db.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()))?;
-            Ok(())
-        };
-        end().map_err(|e| e.at(&self.path))
+        note(&self.db, &State { writing: false, ..self.state.clone() }).map_err(|e| e.at(&self.path))?;
+        // Refused while somebody reads the map; then the journal stays until the next who opens it, and nothing is missing.
+        let _ = self.db.pragma_update_and_check(None, "journal_mode", "DELETE", |_| Ok(()));
+        Ok(())
     }
 }
 
@@ -301,7 +299,12 @@ impl Map {
     /// Writes a new file under a temporary name, then renames it. The caller has the lock.
     fn replace(&self, path: &Path) -> Result<()> {
         let temporary = beside(path, ".tmp");
-        for left in [&temporary, &beside(&temporary, "-journal")] {
+        let mut leftovers = vec![temporary.clone(), beside(&temporary, "-journal")];
+        if !path.exists() {
+            // The journal of a file that somebody deleted would be taken for the new one's.
+            leftovers.extend([beside(path, "-wal"), beside(path, "-shm"), beside(path, "-journal")]);
+        }
+        for left in &leftovers {
             if left.exists() {
                 std::fs::remove_file(left).map_err(Error::io(left))?;
             }
@@ -355,9 +358,28 @@ impl Map {
         read().map_err(|e| e.at(path))
     }
 
-    /// Whether `file`, just read, is what this map was when it was last in step with its file.
-    pub fn continues(&self, file: &Self) -> bool {
-        self.unsaved.is_behind(file.next_id, file.links.len()) && (file.keyframes.is_empty() || self.id() == file.id())
+    /// Takes note that `file`, just read, is this map's file, at an earlier state of this map or at this one. `false`, and nothing changes, if it holds
+    /// anything that this map never held, or lacks what only an earlier write could bring: somebody else has written it.
+    pub fn resume(&mut self, file: &Self) -> bool {
+        if file.next_id > self.next_id || (file.next_id > 0 && self.id() != file.id()) {
+            return false;
+        }
+        // What is not here any more was thinned.
+        let known = |(id, k): (&u64, &Keyframe)| self.row_of(*id).is_none_or(|row| self.keyframes[row] == *k);
+        let there = |id: &u64| *id >= file.next_id || file.row_of(*id).is_some();
+        if !file.ids.iter().zip(&file.keyframes).all(known) || !self.ids.iter().all(there) {
+            return false;
+        }
+        let mut unsaved = Unsaved::resuming(file.next_id);
+        unsaved.removed(file.ids.iter().copied().filter(|id| self.row_of(*id).is_none()));
+        for (row, id) in self.ids.iter().enumerate().take_while(|(_, id)| **id < file.next_id) {
+            let at = file.row_of(*id).unwrap_or(usize::MAX);
+            if self.thumbnails.get(&row) != file.thumbnails.get(&at) || self.features.get(&row) != file.features.get(&at) {
+                unsaved.touch(*id);
+            }
+        }
+        self.unsaved = unsaved;
+        true
     }
 }
 

@@ -225,6 +225,14 @@ fn lying_cameras_cost_an_image_each_and_nothing_else() {
         (m.width, m.height, m.step) = (width, height, width.saturating_mul(3));
         m.encode()
     };
+    // Depth that is not a number, and depth of nothing, gate nothing.
+    let depth = |stamp_ns: i64, value: f32| {
+        let header = Header { stamp_ns, frame_id: String::new() };
+        let data = value.to_le_bytes().repeat(48);
+        Image { header, height: 6, width: 8, encoding: "32FC1".into(), is_bigendian: false, step: 32, data }.encode()
+    };
+    engine.depth(0, &depth(1_000_000_000, f32::NAN)).unwrap();
+    engine.depth(0, &depth(5_000_000_000, f32::INFINITY)).unwrap();
     let mut seen = Vec::new();
     let images = vec![
         raw(1_000_000_000, 160, 120, pixels(160, 120, 1)),

@@ -125,7 +125,8 @@ fn drive(max_keyframes: usize) -> Driven {
     let end = rss_mib();
     let keyframes = engine.map_report().keyframes;
     engine.close().unwrap();
-    assert!(Map::verify(&file).unwrap().damage.is_empty());
+    let damage = Map::verify(&file).unwrap().damage;
+    assert!(damage.is_empty(), "{damage:?}");
     Driven {
         km: seconds() * SPEED / 1000.0,
         keyframes,

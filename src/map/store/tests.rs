@@ -240,7 +240,9 @@ fn advance(map: &mut Map, step: &Step, i: usize) -> Result<()> {
         Step::Push(v) => {
             let d = Descriptor::new(vec![1.0, f32::from(v), i as f32])?;
             let (session, camera) = (u32::from(v % 3), ["a", "b"][usize::from(v / 3 % 2)].to_string());
-            let odom_from_base = (v % 5 == 0).then(|| Isometry3::translation(f64::from(v), 0.0, 0.0));
+            // Turned to the left and to the right: components of both signs, zeros too.
+            let turn = nalgebra::UnitQuaternion::from_euler_angles(0.0, 0.0, f64::from(v) - 128.0);
+            let odom_from_base = (v % 5 > 1).then(|| Isometry3::from_parts([f64::from(v), -0.0, 0.0].into(), turn));
             map.push(Keyframe { robot: 1, session, camera, stamp_ns: i as i64, name: format!("{i}"), odom_from_base }, &d)?;
         }
         Step::Thumbnail(r) => map.set_thumbnail(r, vec![i as u8; 3]),
@@ -287,7 +289,7 @@ proptest::proptest! {
                     drop(store);
                     let opened = open(&path)?;
                     assert_same(&opened.map, &map);
-                    proptest::prop_assert!(map.continues(&opened.map) && map.is_saved());
+                    proptest::prop_assert!(map.is_saved() && map.clone().resume(&opened.map));
                     (store, map) = (opened.store, opened.map);
                     store.db.pragma_update(None, "synchronous", "OFF")?;
                 }
@@ -424,5 +426,68 @@ fn a_flipped_bit_or_a_cut_is_noticed_and_the_rest_is_saved() -> Result<()> {
     }
     println!("{rounds} damaged maps: {opened} open as they were, {refused} refused; of {salvaged} salvaged ones {lost} keyframes of {} were lost", salvaged * map.keyframes.len());
     assert!(refused > rounds / 3);
+    Ok(())
+}
+
+#[test]
+fn a_journal_without_its_file_is_not_taken_by_a_new_one() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let Opened { mut store, mut map, .. } = open(&path)?;
+    map.merge(&filled(20), 0)?;
+    store.write_all(&mut map)?;
+    // The process dies, then somebody deletes the map, but not the journal beside it.
+    let journal = std::fs::read(beside(&path, "-wal")).unwrap();
+    drop(store);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(beside(&path, "-wal"), journal).unwrap();
+    let Opened { map, store, .. } = open(&path)?;
+    assert!(map.keyframes.is_empty());
+    store.close()?;
+    assert!(Map::verify(&path)?.damage.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_file_that_comes_back_is_gone_on_with_and_another_is_not() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let Opened { mut store, mut map, .. } = open(&path)?;
+    map.merge(&filled(20), 0)?;
+    store.write_all(&mut map)?;
+    store.close()?;
+    // Meanwhile the map went on: thinned, linked, with another picture.
+    map.nothing_saved();
+    map.thin(12);
+    (0..5).for_each(|i| advance(&mut map, &Step::Push(i), 50 + usize::from(i)).unwrap());
+    map.link(Link { query: 3, matched: 1, similarity: 0.5 });
+    map.set_thumbnail(2, vec![9; 9]);
+    let mut other = map.clone();
+    let Opened { mut store, map: file, .. } = open(&path)?;
+    assert!(map.resume(&file));
+    store.write_all(&mut map)?;
+    assert_same(&Map::load(&path, map.model())?, &map);
+    // One who went another way from here on.
+    advance(&mut map, &Step::Push(1), 70)?;
+    advance(&mut other, &Step::Push(2), 71)?;
+    let before = other.changes(1000).keyframes();
+    assert!(!other.resume(&map));
+    assert_eq!(other.changes(1000).keyframes(), before, "nothing changes");
+    Ok(())
+}
+
+/// SQLite keeps no sign of a zero, and a robot that turns left has some: every such keyframe was taken for damaged.
+#[test]
+fn a_pose_with_negative_zeros_is_sound() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let mut map = Map::new(sample().model().clone());
+    let turn = nalgebra::UnitQuaternion::new_unchecked(nalgebra::Quaternion::new(0.6, -0.0, -0.0, -0.8));
+    let pose = Isometry3::from_parts([-0.0, 1.0, -0.0].into(), turn);
+    let k = Keyframe { robot: 0, session: 0, camera: String::new(), stamp_ns: 1, name: String::new(), odom_from_base: Some(pose) };
+    map.push(k, &Descriptor::new(vec![1.0, -0.0])?)?;
+    map.save(&path)?;
+    assert!(Map::verify(&path)?.damage.is_empty());
+    assert_same(&Map::load(&path, map.model())?, &map);
     Ok(())
 }
