@@ -2,6 +2,7 @@
 
 use crate::support::{ok, root, structvpr};
 use std::path::Path;
+use structvpr::bag::messages::Message;
 use structvpr::descriptor::{Descriptor, ModelIdentity};
 use structvpr::map::{Keyframe, Link, Map};
 
@@ -114,4 +115,75 @@ fn damage_is_listed_and_what_is_sound_is_kept() {
     assert!(fails(&["map", "verify", &root().join("README.md").display().to_string()]).contains("not a StructVPR map"));
     let said = fails(&["map", "info", "/no/such/map"]);
     assert!(said.contains("/no/such/map") && said.contains("no such file"), "{said}");
+}
+
+/// A drive past places of coloured blocks, 20 m apart, one a second: `places` in order.
+fn bag(dir: &Path, name: &str, places: &[u64]) -> String {
+    use structvpr::bag::messages::{Header, Image, PoseStamped};
+    let path = dir.join(name);
+    let mut writer = structvpr::bag::BagWriter::create(&path).unwrap();
+    for (i, place) in places.iter().enumerate() {
+        let stamp_ns = i as i64 * 1_000_000_000;
+        let header = Header { stamp_ns, frame_id: "camera".into() };
+        writer.write("/image", stamp_ns, &Image::decode(&message(stamp_ns, *place, i as u64)).unwrap()).unwrap();
+        let pose = nalgebra::Isometry3::translation(*place as f64 * 20.0, 0.0, 0.0);
+        writer.write("/ground_truth", stamp_ns, &PoseStamped { header, pose }).unwrap();
+    }
+    writer.finish().unwrap();
+    path.display().to_string()
+}
+
+fn message(stamp_ns: i64, place: u64, noise: u64) -> Vec<u8> {
+    use structvpr::bag::messages::{Header, Image};
+    let hash = |v: u64| v.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(31).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 33;
+    let value = |x: u64, y: u64, c: u64| {
+        let block = hash(hash(place * 1_000_003 + (x / 16) * 1009 + (y / 16) * 31 + c) + 7) % 200;
+        (block + hash(noise * 65_537 + x * 241 + y * 3 + c) % 56) as u8
+    };
+    let data = (0..120).flat_map(|y| (0..160).flat_map(move |x| (0..3).map(move |c| value(x, y, c)))).collect();
+    let header = Header { stamp_ns, frame_id: "camera".into() };
+    Image { header, height: 120, width: 160, encoding: "rgb8".into(), is_bigendian: false, step: 480, data }.encode()
+}
+
+#[test]
+fn calibrated_on_a_bag_the_node_says_how_sure_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).display().to_string();
+    // Sixty places, then half of them once more, and thirty new ones.
+    let drive = |first: u64| (first..first + 60).chain(first..first + 30).chain(first + 200..first + 230).collect::<Vec<_>>();
+    let (a, b) = (bag(dir.path(), "a", &drive(0)), bag(dir.path(), "b", &drive(1000)));
+    std::fs::write(at("config.yaml"), "keyframe: {min_descriptor_change: 0.0}\n").unwrap();
+    let run =
+        |more: &[&str]| structvpr(&[&["calibrate", &a, "--out", &at("site.json"), "--config", &at("config.yaml")][..], more].concat());
+    let out = run(&["--check", &b, "--json", "--precision", "0.9"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let json: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let check = &json["check"]["confidence"];
+    assert!(check["expected_calibration_error"].as_f64().unwrap() < 0.15, "{json}");
+    assert_eq!(check["true_matches"].as_u64(), Some(30), "{json}");
+    assert!(json["similarity_threshold"]["precision"].as_f64().unwrap() >= 0.9, "{json}");
+    assert!(String::from_utf8(run(&[]).stdout).unwrap().contains("judge it on another drive"));
+    assert!(fails(&["calibrate", &a, "--out", &at("x"), "--map", &at("m")]).contains("--map"));
+
+    let mut settings = structvpr::config::Settings::default();
+    settings.publish.calibration = at("site.json");
+    (settings.keyframe.min_descriptor_change, settings.input.odometry_wait_s) = (0.0, 0.0);
+    let engine = structvpr::live::Engine::new(settings.clone()).unwrap();
+    let mut sure = Vec::new();
+    std::thread::scope(|s| {
+        s.spawn(|| engine.work(&mut |k| sure.push(k.candidates.first().and_then(|c| c.confidence))));
+        for (i, place) in drive(2000).into_iter().enumerate() {
+            engine.image(0, message(i as i64 * 1_000_000_000, place, i as u64));
+            while engine.inbox.level(0).waiting > 0 {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        }
+        engine.stop();
+    });
+    let mean = |r: std::ops::Range<usize>| sure[r.clone()].iter().map(|c| c.unwrap()).sum::<f32>() / r.len() as f32;
+    assert_eq!((sure.len(), sure[0]), (120, None));
+    assert!(mean(60..90) > 0.8 && mean(90..120) < 0.2, "{} {}", mean(60..90), mean(90..120));
+    settings.verification.enabled = true;
+    let said = structvpr::live::Engine::new(settings).unwrap_err().to_string();
+    assert!(said.contains("site.json") && said.contains("verification by sift"), "{said}");
 }

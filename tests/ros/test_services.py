@@ -1,5 +1,7 @@
 """The node's own services, and what a restart keeps."""
 
+import json
+import math
 import shutil
 import signal
 import struct
@@ -202,3 +204,23 @@ def test_a_signal_ends_it_in_time_even_while_images_come(start, robot, short_str
     robot.spin(0.5)
     assert node.end(how) == 0 and node.took < 2.0, node.took
     assert "keyframes saved" in node.text() or "nothing left" in node.text()
+
+
+def test_a_calibration_gives_candidates_a_confidence(start, robot, short_street, tmp_path):
+    lap, file = images(short_street)[:40], tmp_path / "m"
+    heard = robot.candidates()
+    node = start({**QUICK, "map.file": str(file)})
+    drive(robot, heard, lap)
+    assert all(math.isnan(c.confidence) for m in heard for c in m.candidates)
+    assert node.end() == 0
+    model = json.loads(tool("structvpr", "map", "info", "--json", file))["model"]
+    inputs = ["similarity", "chain_similarity", "margin", "consistent_count", "advance_error", "lead"]
+    numbers = {"mean": [0.9, 0, 0, 0, 0, 0], "scale": [0.01, 1, 1, 1, 1, 1], "weights": [1, 0, 0, 0, 0, 0], "bias": 0}
+    said = {"format": "structvpr-confidence-1", "model": model["name"], "model_sha256": model["sha256"]}
+    calibration = tmp_path / "site.json"
+    calibration.write_text(json.dumps({**said, "verification": "", "fitted_on": "by hand", "inputs": inputs, **numbers}))
+    start({**QUICK, "map.file": str(file), "publish.calibration": str(calibration)})
+    again = drive(robot, heard, lap)
+    first = [m.candidates[0] for m in again if m.candidates]
+    assert first and all(abs(c.confidence - 1 / (1 + math.exp((0.9 - c.similarity) / 0.01))) < 1e-4 for c in first)
+    assert all(math.isnan(c.confidence) for m in again for c in m.candidates[1:])
