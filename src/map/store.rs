@@ -167,6 +167,10 @@ impl Store {
     ///
     /// Errors: another process writes it, not a map, a newer version, another model (by name), damage (with what to do).
     pub fn open(path: &Path, model: &ModelIdentity, preprocessing: &str, durable_s: f64) -> Result<Opened> {
+        // Before anything is laid beside a file that is not ours.
+        if path.exists() {
+            format::open(path, false).map(drop).map_err(|e| e.at(path))?;
+        }
         let lock = Lock::take(path)?;
         Self::open_locked(path, model, preprocessing, durable_s, lock).map_err(|e| e.at(path))
     }
@@ -286,11 +290,11 @@ impl Map {
     /// Writes the whole map to `path`; the file there before stays whole if this fails. A file that is no map
     /// is not overwritten, nor one that a process is writing.
     pub fn save(&self, path: &Path) -> Result<()> {
+        if path.exists() && !is_map(path) {
+            return Err(Error::map("the file exists and is not a StructVPR map; it is not overwritten").at(path));
+        }
         let _lock = Lock::take(path)?;
         if path.exists() {
-            if !is_map(path) {
-                return Err(Error::map("the file exists and is not a StructVPR map; it is not overwritten").at(path));
-            }
             fold(path).map_err(|e| Error::map(format!("the file there is damaged; move it away first ({e})")).at(path))?;
         }
         self.replace(path).map_err(|e| e.at(path))

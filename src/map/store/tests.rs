@@ -328,6 +328,14 @@ fn filled(n: u8) -> Map {
     map
 }
 
+/// A number below the one given, from a sequence of its own.
+fn dice(mut seed: u64) -> impl FnMut(usize) -> usize {
+    move |below| {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (seed >> 33) as usize % below
+    }
+}
+
 /// A power cut: of what was written after the last fsync any part may be there, in any order. What was applied is there.
 #[test]
 fn a_torn_journal_opens_with_all_that_was_applied() -> Result<()> {
@@ -335,11 +343,7 @@ fn a_torn_journal_opens_with_all_that_was_applied() -> Result<()> {
     let path = dir.path().join("m");
     let Opened { mut store, mut map, .. } = open(&path)?;
     let journal = beside(&path, "-wal");
-    let (mut seed, mut looked) = (1u64, 0);
-    let mut random = move || {
-        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        seed >> 33
-    };
+    let (mut random, mut looked) = (dice(1), 0);
     for round in 0..120usize {
         (0..3).for_each(|i| advance(&mut map, &Step::Push((round * 3 + i) as u8), round).unwrap());
         let applied = map.clone();
@@ -359,9 +363,9 @@ fn a_torn_journal_opens_with_all_that_was_applied() -> Result<()> {
         std::fs::copy(&path, &other).unwrap();
         let mut bytes = std::fs::read(&journal).unwrap();
         let tail = bytes.len() as u64 - whole;
-        bytes.truncate((whole + random() % tail) as usize);
-        for at in (whole as usize..bytes.len()).step_by(64).filter(|_| random() % 3 == 0).collect::<Vec<_>>() {
-            bytes[at] ^= 1 << (random() % 8);
+        bytes.truncate((whole + random(tail as usize) as u64) as usize);
+        for at in (whole as usize..bytes.len()).step_by(64).filter(|_| random(3) == 0).collect::<Vec<_>>() {
+            bytes[at] ^= 1 << random(8);
         }
         std::fs::write(beside(&other, "-wal"), bytes).unwrap();
         let Opened { map: back, notes, store: s } = open(&other)?;
@@ -385,12 +389,8 @@ fn a_flipped_bit_or_a_cut_is_noticed_and_the_rest_is_saved() -> Result<()> {
     map.save(&path)?;
     let bytes = std::fs::read(&path).unwrap();
     let other = dir.path().join("damaged");
-    let (mut seed, mut opened, mut refused, mut salvaged, mut lost) = (7u64, 0, 0, 0, 0);
+    let (mut random, mut opened, mut refused, mut salvaged, mut lost) = (dice(7), 0, 0, 0, 0);
     let rounds: usize = std::env::var("STRUCTVPR_MUTATIONS").ok().and_then(|v| v.parse().ok()).unwrap_or(400);
-    let mut random = move |below: usize| {
-        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (seed >> 33) as usize % below
-    };
     for round in 0..rounds {
         let mut damaged = bytes.clone();
         match round % 4 {
