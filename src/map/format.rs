@@ -88,6 +88,8 @@ pub(super) fn crc_of_calibration(session: u32, camera: &str, json: &str) -> i64 
 /// What is kept of the map as a whole.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct State {
+    /// Name, hash and preprocessing of the model: in a table of their own, and in this one's checksum.
+    pub model: [String; 3],
     pub map: String,
     pub features: String,
     pub keyframes: i64,
@@ -100,7 +102,7 @@ pub(super) struct State {
 
 impl State {
     pub(super) fn crc(&self) -> i64 {
-        let text = Crc::new().bytes(self.map.as_bytes()).bytes(self.features.as_bytes());
+        let text = self.model.iter().chain([&self.map, &self.features]).fold(Crc::new(), |crc, s| crc.bytes(s.as_bytes()));
         text.int(self.keyframes).int(self.closures).int(self.next_keyframe).get()
     }
 }
@@ -266,7 +268,7 @@ fn take(map: &mut Map, read: Result<Read>, id: i64, version: i64, features: &str
 }
 
 /// Which model a map is of, and how its images are prepared, as far as the file says.
-pub(super) fn model(file: &Readable) -> Result<(ModelIdentity, String)> {
+fn model(file: &Readable) -> Result<(ModelIdentity, String)> {
     let preprocessing = if file.version < 4 { "''" } else { "preprocessing" };
     let sql = format!("SELECT name, sha256, {preprocessing} FROM model");
     Ok(file.db.query_row(&sql, [], |r| Ok((ModelIdentity { name: r.get(0)?, sha256: r.get(1)? }, r.get(2)?)))?)
@@ -276,8 +278,10 @@ pub(super) fn state(file: &Readable) -> Result<State> {
     if file.version < 4 {
         return Ok(State::default());
     }
+    let (identity, preprocessing) = model(file)?;
     let (state, crc): (State, i64) = file.db.query_row("SELECT * FROM state", [], |r| {
         let state = State {
+            model: [identity.name, identity.sha256, preprocessing],
             map: r.get("map")?,
             features: r.get("features")?,
             keyframes: r.get("keyframes")?,
@@ -298,6 +302,20 @@ pub(super) fn state(file: &Readable) -> Result<State> {
 ///
 /// Errors: another model than `want`, and what `damage` does not forgive.
 pub(super) fn read(file: &Readable, want: Option<&ModelIdentity>, damage: OnDamage<'_>) -> Result<Map> {
+    let version = file.version;
+    let mut forgiven = false;
+    let mut damage = |e: Error| {
+        forgiven = true;
+        damage(e)
+    };
+    // Before the model: a flipped bit in its hash is no other model.
+    let mut kept = match state(file) {
+        Ok(state) => Some(state),
+        Err(e) => {
+            damage(e)?;
+            None
+        }
+    };
     let (found, preprocessing) = model(file)?;
     if let Some(want) = want.filter(|want| **want != found) {
         return Err(Error::map(format!(
@@ -306,19 +324,6 @@ pub(super) fn read(file: &Readable, want: Option<&ModelIdentity>, damage: OnDama
     }
     let mut map = Map::new(found);
     map.preprocessing = preprocessing;
-    let version = file.version;
-    let mut forgiven = false;
-    let mut damage = |e: Error| {
-        forgiven = true;
-        damage(e)
-    };
-    let mut kept = match state(file) {
-        Ok(state) => Some(state),
-        Err(e) => {
-            damage(e)?;
-            None
-        }
-    };
     let mut features = kept.as_ref().map(|s| s.features.clone()).unwrap_or_default();
     if version == 3 {
         features = file.db.query_row("SELECT identity FROM features", [], |r| r.get(0))?;

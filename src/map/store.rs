@@ -333,7 +333,8 @@ impl Map {
         tx.execute("INSERT INTO state VALUES ('', '', 0, 0, 0, 0, 0, 0)", [])?;
         let mut whole = self.clone();
         whole.nothing_saved();
-        let mut state = State::default();
+        let model = [self.model.name.clone(), self.model.sha256.clone(), self.preprocessing.clone()];
+        let mut state = State { model, ..State::default() };
         loop {
             let changes = whole.changes(BATCH);
             if changes.is_empty() {
