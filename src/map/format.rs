@@ -33,7 +33,7 @@ pub(super) const TABLES: [(&str, &str); 5] = [
     (
         "state",
         "CREATE TABLE state (map TEXT NOT NULL, features TEXT NOT NULL, keyframes INTEGER NOT NULL, closures INTEGER NOT NULL, \
-         next_keyframe INTEGER NOT NULL, crc INTEGER NOT NULL, writing INTEGER NOT NULL, durable_s REAL NOT NULL)",
+         calibrations INTEGER NOT NULL, next_keyframe INTEGER NOT NULL, crc INTEGER NOT NULL, writing INTEGER NOT NULL, durable_s REAL NOT NULL)",
     ),
     (
         "keyframe",
@@ -42,7 +42,7 @@ pub(super) const TABLES: [(&str, &str); 5] = [
          descriptor BLOB NOT NULL, crc INTEGER NOT NULL, thumbnail BLOB, features BLOB, blob_crc INTEGER NOT NULL)",
     ),
     ("calibration", "CREATE TABLE calibration (session INTEGER NOT NULL, camera TEXT NOT NULL, json TEXT NOT NULL, crc INTEGER NOT NULL)"),
-    ("closure", "CREATE TABLE closure (query INTEGER NOT NULL, matched INTEGER NOT NULL, similarity REAL, crc INTEGER NOT NULL)"),
+    ("closure", "CREATE TABLE closure (id INTEGER PRIMARY KEY, query INTEGER NOT NULL, matched INTEGER NOT NULL, similarity REAL, crc INTEGER NOT NULL)"),
 ];
 
 /// CRC-32 over values, each with its length: no two rows give the same bytes.
@@ -77,8 +77,9 @@ pub(super) fn crc_of_blobs(thumbnail: Option<&[u8]>, features: Option<&[u8]>) ->
     one(one(Crc::new(), thumbnail), features).get()
 }
 
-pub(super) fn crc_of_closure(query: i64, matched: i64, similarity: Option<f64>) -> i64 {
-    Crc::new().int(query).int(matched).real(similarity).get()
+/// `id`: its place in the order of acceptance.
+pub(super) fn crc_of_closure(id: i64, query: i64, matched: i64, similarity: Option<f64>) -> i64 {
+    Crc::new().int(id).int(query).int(matched).real(similarity).get()
 }
 
 pub(super) fn crc_of_calibration(session: u32, camera: &str, json: &str) -> i64 {
@@ -94,6 +95,7 @@ pub(super) struct State {
     pub features: String,
     pub keyframes: i64,
     pub closures: i64,
+    pub calibrations: i64,
     pub next_keyframe: i64,
     /// A process was writing when this was written.
     pub writing: bool,
@@ -103,7 +105,7 @@ pub(super) struct State {
 impl State {
     pub(super) fn crc(&self) -> i64 {
         let text = self.model.iter().chain([&self.map, &self.features]).fold(Crc::new(), |crc, s| crc.bytes(s.as_bytes()));
-        text.int(self.keyframes).int(self.closures).int(self.next_keyframe).get()
+        text.int(self.keyframes).int(self.closures).int(self.calibrations).int(self.next_keyframe).get()
     }
 }
 
@@ -141,6 +143,11 @@ pub(super) struct Readable {
     pub version: i64,
 }
 
+/// The first look at a file: SQLite opens its journals now.
+fn look(db: &Connection) -> rusqlite::Result<()> {
+    db.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))
+}
+
 /// Opens a map file that may be anything.
 ///
 /// Errors: not a map, a newer version, tables that are not ours. None names the file.
@@ -148,17 +155,30 @@ pub(super) fn open(path: &Path, write: bool) -> Result<Readable> {
     if !path.is_file() {
         return Err(Error::map("no such file"));
     }
-    let db = sqlite::open(path, write, LONGEST)?;
+    let mut db = sqlite::open(path, write, LONGEST)?;
     db.busy_timeout(PATIENCE)?;
+    if let (false, Err(e)) = (write, look(&db)) {
+        // A process was killed while it changed the kind of journal, or left one that has to be taken in: that wants to write, once.
+        if matches!(e.sqlite_error_code(), Some(rusqlite::ErrorCode::ReadOnly | rusqlite::ErrorCode::CannotOpen)) {
+            let recover = || -> rusqlite::Result<()> {
+                let writer = sqlite::open(path, true, LONGEST)?;
+                writer.busy_timeout(PATIENCE)?;
+                look(&writer)
+            };
+            recover().map_err(|_| {
+                Error::map(
+                    "it was not closed in order, and its journal (the file beside it) cannot be taken in here: copy both to a folder that can be \
+                     written to, or make this one writable",
+                )
+            })?;
+            db = sqlite::open(path, false, LONGEST)?;
+            db.busy_timeout(PATIENCE)?;
+        }
+    }
     db.pragma_update(None, "cell_size_check", true)?;
     db.pragma_update(None, "mmap_size", 0)?;
     let pragma = |name: &str| -> Result<i64> {
-        db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0)).map_err(|e| match e.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::CannotOpen) => {
-                Error::map("it was not closed in order, and its journal (the file ending in -wal) cannot be taken in here: copy both to a folder that can be written to, or make this one writable")
-            }
-            _ => Error::map(format!("not a StructVPR map ({e})")),
-        })
+        db.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0)).map_err(|e| Error::map(format!("not a StructVPR map ({e})")))
     };
     if pragma("application_id")? != APPLICATION_ID {
         return Err(Error::map("not a StructVPR map"));
@@ -286,6 +306,7 @@ pub(super) fn state(file: &Readable) -> Result<State> {
             features: r.get("features")?,
             keyframes: r.get("keyframes")?,
             closures: r.get("closures")?,
+            calibrations: r.get("calibrations")?,
             next_keyframe: r.get("next_keyframe")?,
             writing: r.get("writing")?,
             durable_s: r.get("durable_s")?,
@@ -330,17 +351,21 @@ pub(super) fn read(file: &Readable, want: Option<&ModelIdentity>, damage: OnDama
     }
     if version >= 3 {
         map.calibrations = calibrations(file, &mut damage)?;
+        let found = map.calibrations.len() as i64;
+        if kept.as_ref().is_some_and(|s| version >= 4 && s.calibrations != found) {
+            damage(Error::map("damaged: a calibration is missing"))?;
+        }
     }
     keyframes(file, &features, &mut map, &mut damage)?;
     closures(file, &mut map, &mut damage)?;
     if let Some(state) = kept.take().filter(|_| version >= 4) {
         let found = map.keyframes.len() as i64;
         if found != state.keyframes {
-            damage(Error::map(format!("{} of {} keyframes are missing", state.keyframes.saturating_sub(found), state.keyframes)))?;
+            damage(Error::map(format!("damaged: {} of {} keyframes are missing", state.keyframes.saturating_sub(found), state.keyframes)))?;
         }
         if map.links.len() as i64 != state.closures {
             damage(Error::map(format!(
-                "{} of its {} closures are missing",
+                "damaged: {} of its {} closures are missing",
                 state.closures.saturating_sub(map.links.len() as i64),
                 state.closures
             )))?;
@@ -416,11 +441,16 @@ fn keyframes(file: &Readable, features: &str, map: &mut Map, damage: OnDamage<'_
 fn closures(file: &Readable, map: &mut Map, damage: OnDamage<'_>) -> Result<()> {
     let mut rows = file.db.prepare("SELECT * FROM closure ORDER BY rowid")?;
     let mut rows = rows.query([])?;
-    let one = |map: &mut Map, row: &rusqlite::Row<'_>| -> Result<()> {
+    let mut last = -1;
+    let mut one = |map: &mut Map, row: &rusqlite::Row<'_>| -> Result<()> {
         let (query, matched): (i64, i64) = (get(row, "query")?, get(row, "matched")?);
         let similarity: Option<f64> = if file.version < 4 { None } else { get(row, "similarity")? };
-        if file.version >= 4 && get::<i64>(row, "crc")? != crc_of_closure(query, matched, similarity) {
-            return Err(Error::map(format!("closure {query} - {matched} is damaged: its checksum is another")));
+        if file.version >= 4 {
+            let id: i64 = get(row, "id")?;
+            if get::<i64>(row, "crc")? != crc_of_closure(id, query, matched, similarity) || id <= last {
+                return Err(Error::map(format!("closure {query} - {matched} is damaged: its checksum is another, or its place")));
+            }
+            last = id;
         }
         let at = |id: i64| u64::try_from(id).ok().and_then(|id| map.row_of(id));
         let (Some(query), Some(matched)) = (at(query), at(matched)) else {

@@ -120,16 +120,18 @@ fn write(tx: &Transaction<'_>, state: &State, changes: &Changes) -> Result<State
                 tx.execute("DELETE FROM closure", [])?;
                 state.closures = 0;
             }
-            let mut insert = tx.prepare_cached("INSERT INTO closure (query, matched, similarity, crc) VALUES (?1, ?2, ?3, ?4)")?;
+            let mut insert = tx.prepare_cached("INSERT INTO closure VALUES (?1, ?2, ?3, ?4, ?5)")?;
             for (query, matched, similarity) in &links.new {
                 let (query, matched) = (*query as i64, *matched as i64);
                 let similarity = Some(f64::from(*similarity)).filter(|s| !s.is_nan());
-                insert.execute(params![query, matched, similarity, crc_of_closure(query, matched, similarity)])?;
+                let id = state.closures;
+                insert.execute(params![id, query, matched, similarity, crc_of_closure(id, query, matched, similarity)])?;
                 state.closures += 1;
             }
         }
         if let Some(calibrations) = &changes.calibrations {
             tx.execute("DELETE FROM calibration", [])?;
+            state.calibrations = calibrations.len() as i64;
             let mut insert = tx.prepare_cached("INSERT INTO calibration (session, camera, json, crc) VALUES (?1, ?2, ?3, ?4)")?;
             for ((session, camera), calibration) in calibrations {
                 let json = serde_json::to_string(calibration).map_err(|e| Error::map(e.to_string()))?;
@@ -146,12 +148,14 @@ fn write(tx: &Transaction<'_>, state: &State, changes: &Changes) -> Result<State
 
 fn note(db: &Connection, state: &State) -> Result<()> {
     db.execute(
-        "UPDATE state SET map = ?1, features = ?2, keyframes = ?3, closures = ?4, next_keyframe = ?5, crc = ?6, writing = ?7, durable_s = ?8",
+        "UPDATE state SET map = ?1, features = ?2, keyframes = ?3, closures = ?4, calibrations = ?5, next_keyframe = ?6, crc = ?7, \
+         writing = ?8, durable_s = ?9",
         params![
             state.map,
             state.features,
             state.keyframes,
             state.closures,
+            state.calibrations,
             state.next_keyframe,
             state.crc(),
             state.writing,
@@ -330,7 +334,7 @@ impl Map {
             tx.execute(sql, [])?;
         }
         tx.execute("INSERT INTO model VALUES (?1, ?2, ?3)", params![self.model.name, self.model.sha256, self.preprocessing])?;
-        tx.execute("INSERT INTO state VALUES ('', '', 0, 0, 0, 0, 0, 0)", [])?;
+        tx.execute("INSERT INTO state VALUES ('', '', 0, 0, 0, 0, 0, 0, 0)", [])?;
         let mut whole = self.clone();
         whole.nothing_saved();
         let model = [self.model.name.clone(), self.model.sha256.clone(), self.preprocessing.clone()];

@@ -491,3 +491,25 @@ fn a_pose_with_negative_zeros_is_sound() -> Result<()> {
     assert_same(&Map::load(&path, map.model())?, &map);
     Ok(())
 }
+
+/// A kill while the kind of journal changes leaves a rollback journal, which a read-only connection cannot roll back.
+#[test]
+fn a_map_with_a_hot_rollback_journal_is_read() -> Result<()> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let map = filled(20);
+    map.save(&path)?;
+    let copy = dir.path().join("killed");
+    {
+        // In the middle of a transaction whose pages have reached the file.
+        let db = Connection::open(&path)?;
+        db.execute_batch("PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1; PRAGMA cache_spill = 1; BEGIN; DELETE FROM keyframe;")?;
+        db.execute_batch("UPDATE closure SET query = query + 1; INSERT INTO calibration VALUES (1, 'x', zeroblob(300000), 0);")?;
+        std::fs::copy(&path, &copy).unwrap();
+        std::fs::copy(beside(&path, "-journal"), beside(&copy, "-journal")).unwrap();
+    }
+    let plain = Connection::open_with_flags(&copy, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    assert!(plain.query_row("SELECT count(*) FROM keyframe", [], |_| Ok(())).is_err(), "the journal is hot");
+    assert_same(&Map::load(&copy, map.model())?, &map);
+    Ok(())
+}
