@@ -576,8 +576,8 @@ impl Engine {
         };
         let mut detector = lock(&self.detector);
         // Before the frame, so that the rows of its decision hold until the next; in batches, for it looks at the whole map.
-        if most > 0 && detector.map().keyframes().len() > most + most / 50 && !detector.localization_only() {
-            let gone = detector.thin(most);
+        if most > 0 && detector.map().keyframes().len() >= most && !detector.localization_only() {
+            let gone = detector.thin((most - most / 50).saturating_sub(1).max(1));
             lock(&self.stats).thinned += gone as u64;
         }
         let session = detector.session();
@@ -881,19 +881,18 @@ impl Engine {
             self.swap(map);
             return Ok((format!("{n} keyframes of {}", path.display()), n));
         };
-        self.write(&mut store)?;
+        let reads_only = store.is_none() && lock(&self.detector).localization_only();
+        if !reads_only {
+            self.write(&mut store)?;
+        }
         let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
-        let reads_only = lock(&self.detector).localization_only();
         if same(&own, path) || reads_only {
             let mut detector = lock(&self.detector);
-            self.write_rest(&mut store, &mut detector)?;
+            if !reads_only {
+                self.write_rest(&mut store, &mut detector)?;
+            }
             let map = Map::load(path, self.model.identity())?;
             let n = map.keyframes().len();
-            if !same(&own, path) {
-                if let Some(open) = store.take() {
-                    open.close()?;
-                }
-            }
             detector.replace_map(map);
             self.generation.fetch_add(1, Ordering::Relaxed);
             drop(detector);
@@ -976,7 +975,10 @@ impl Engine {
     fn write_rest(&self, store: &mut Option<Store>, detector: &mut LoopDetector) -> Result<()> {
         loop {
             let changes = detector.map().changes(usize::MAX);
-            let Some(open) = store.as_mut().filter(|_| !changes.is_empty()) else { return Ok(()) };
+            if changes.is_empty() {
+                return Ok(());
+            }
+            let open = store.as_mut().ok_or_else(|| Error::map("a keyframe came while the map was being put away; try again"))?;
             open.apply(&changes)?;
             detector.saved(&changes);
         }

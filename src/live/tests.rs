@@ -306,7 +306,7 @@ fn a_full_map_stays_at_its_size_and_ids_stay() {
     let seen = run(&engine, (0..60).map(|i| (0, message(f64::from(i), i as u64))));
     assert_eq!(seen.iter().map(|k| k.id.unwrap()).collect::<Vec<_>>(), (0..60).collect::<Vec<_>>());
     let report = engine.map_report();
-    assert!(report.keyframes <= 21 && engine.stats().thinned >= 39, "{}", report.keyframes);
+    assert!(report.keyframes <= 20 && engine.stats().thinned >= 40, "{}", report.keyframes);
     engine.close().unwrap();
     let map = Map::load(&file, engine.model().identity()).unwrap();
     assert_eq!((map.keyframes().len(), map.id_of(map.keyframes().len() - 1)), (report.keyframes, 59));

@@ -153,7 +153,7 @@ fn memory_of_a_capped_map_is_flat() {
         d.file_mb,
         d.memory.last().unwrap().1
     );
-    assert!(d.keyframes <= cap + cap / 50 + 1);
+    assert!(d.keyframes <= cap);
     // What an uncapped map would add is some 5 MiB per km; allocators breathe.
     if d.km > 10.0 {
         assert!(slope < 0.5, "{slope} MiB per km");
