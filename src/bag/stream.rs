@@ -5,7 +5,7 @@ use crate::error::Result;
 use mcap::records::op;
 use mcap::sans_io::linear_reader::{LinearReadEvent, LinearReader, LinearReaderOptions};
 use std::collections::HashMap;
-use std::io::Read;
+use std::io::{Error, ErrorKind, Read};
 
 /// Most bytes that are asked of the file at once: a lying length must not allocate more.
 const MAX_STEP: usize = 1 << 20;
@@ -20,9 +20,10 @@ struct Channel {
 /// cut short, damaged, or not MCAP at all.
 ///
 /// Errors: those of `visit`.
-pub fn read_mcap(mut source: impl Read, visit: Visit) -> Result<Option<String>> {
+pub fn read_mcap(source: impl Read, visit: Visit) -> Result<Option<String>> {
     let options = LinearReaderOptions::default().with_record_length_limit(MAX_MESSAGE).with_validate_chunk_crcs(true);
     let mut reader = LinearReader::new_with_options(options);
+    let mut source = Framed::new(source);
     let mut schemas: HashMap<u16, String> = HashMap::new();
     let mut channels: HashMap<u16, Channel> = HashMap::new();
     let mut messages = 0u64;
@@ -59,6 +60,86 @@ pub fn read_mcap(mut source: impl Read, visit: Visit) -> Result<Option<String>> 
         }
     }
     Ok(None)
+}
+
+/// An MCAP file whose chunks hold the records that they claim. The crate (0.26) subtracts a record's length
+/// from what is left of an uncompressed chunk and does not look whether it fits: the difference wraps, the chunk
+/// never ends, and the messages of all later chunks are passed over in silence (a debug build panics).
+struct Framed<R> {
+    source: R,
+    /// Bytes up to the next record's header.
+    skip: u64,
+    /// What has come of that header.
+    header: Vec<u8>,
+    /// Inside an uncompressed chunk: bytes of records that are left, and of padding behind them.
+    chunk: Option<(u64, u64)>,
+}
+
+impl<R: Read> Framed<R> {
+    /// A kind and a length.
+    const RECORD: usize = 9;
+    /// A chunk's times, size, CRC, the (empty) name of its compression, and the size of its records.
+    const CHUNK: usize = 40;
+
+    fn new(source: R) -> Self {
+        Self { source, skip: mcap::MAGIC.len() as u64, header: Vec::with_capacity(Self::RECORD + Self::CHUNK), chunk: None }
+    }
+
+    /// Errors: a record that is longer than what is left of its chunk.
+    fn follow(&mut self, mut bytes: &[u8]) -> std::io::Result<()> {
+        while !bytes.is_empty() {
+            let skipped = bytes.len().min(usize::try_from(self.skip).unwrap_or(usize::MAX));
+            (self.skip, bytes) = (self.skip - skipped as u64, &bytes[skipped..]);
+            let taken = bytes.len().min(self.whole() - self.header.len());
+            self.header.extend_from_slice(&bytes[..taken]);
+            bytes = &bytes[taken..];
+            if self.header.len() == self.whole() {
+                self.record()?;
+                self.header.clear();
+            }
+        }
+        Ok(())
+    }
+
+    /// Length of the header that is being read, as far as its first byte tells.
+    fn whole(&self) -> usize {
+        match (self.chunk, self.header.first()) {
+            (None, Some(&op::CHUNK)) => Self::RECORD + Self::CHUNK,
+            _ => Self::RECORD,
+        }
+    }
+
+    /// A header is whole.
+    fn record(&mut self) -> std::io::Result<()> {
+        let u64_at = |at: usize| self.header[at..at + 8].iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+        let len = u64_at(1);
+        (self.skip, self.chunk) = match self.chunk {
+            Some((left, padding)) => match left.checked_sub(len.saturating_add(Self::RECORD as u64)) {
+                Some(0) => (len.saturating_add(padding), None),
+                Some(left) => (len, Some((left, padding))),
+                None => return Err(Error::new(ErrorKind::InvalidData, "a record is longer than the chunk that holds it")),
+            },
+            None if self.header[0] == op::CHUNK => {
+                let rest = len.saturating_sub(Self::CHUNK as u64);
+                let compressed = self.header[Self::RECORD + 28..Self::RECORD + 32] != [0; 4];
+                match u64_at(Self::RECORD + 32) {
+                    // More than the chunk holds: the crate says so itself.
+                    size if !compressed && size > 0 => (0, Some((size, rest.saturating_sub(size)))),
+                    _ => (rest, None),
+                }
+            }
+            None => (len, None),
+        };
+        Ok(())
+    }
+}
+
+impl<R: Read> Read for Framed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.source.read(buffer)?;
+        self.follow(&buffer[..n])?;
+        Ok(n)
+    }
 }
 
 /// The records that we use. Parsed here and not by the crate, which reserves what a string's length

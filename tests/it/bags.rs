@@ -86,6 +86,48 @@ fn a_choice_of_topics_is_listed_and_so_is_what_is_there_instead() {
     assert!(said("no_images", None).contains("no topic of type sensor_msgs/msg/Image"));
 }
 
+/// Found by fuzzing: in an uncompressed chunk the crate subtracts a length that it has not checked.
+#[test]
+fn a_record_longer_than_its_chunk_is_damage() {
+    let mut file = std::io::Cursor::new(Vec::new());
+    let mut out = mcap::WriteOptions::new().compression(None).chunk_size(Some(300)).create(&mut file).unwrap();
+    let schema = out.add_schema(PoseStamped::TYPE, "ros2msg", b"").unwrap();
+    let channel = out.add_channel(schema, "/pose", "cdr", &Default::default()).unwrap();
+    for i in 0..20u32 {
+        let header = mcap::records::MessageHeader { channel_id: channel, sequence: i, log_time: i.into(), publish_time: i.into() };
+        out.write_to_known_channel(&header, &[7; 100]).unwrap();
+    }
+    out.finish().unwrap();
+    drop(out);
+    let good = file.into_inner();
+    /// A byte at a time.
+    struct Slow<'a>(&'a [u8]);
+    impl std::io::Read for Slow<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            let n = buffer.len().min(1);
+            std::io::Read::read(&mut self.0, &mut buffer[..n])
+        }
+    }
+    let read = |bytes: &[u8]| {
+        let mut messages = 0;
+        let why = read_mcap(Slow(bytes), &mut |_| {
+            messages += 1;
+            Ok(())
+        });
+        (messages, why.unwrap())
+    };
+    assert_eq!(read(&good), (20, None));
+    // The second message's record, in the first chunk: kind 5, 122 bytes.
+    let record = [&[5u8][..], &122u64.to_le_bytes(), &channel.to_le_bytes(), &1u32.to_le_bytes()].concat();
+    let at = good.windows(record.len()).position(|w| w == record).unwrap();
+    for longer in [1u8, 4] {
+        let mut bad = good.clone();
+        bad[at + 2] = longer; // 256 or 1024 bytes more
+        let (messages, why) = read(&bad);
+        assert_eq!((messages, why.as_deref()), (1, Some("a record is longer than the chunk that holds it; 1 messages were read before")));
+    }
+}
+
 #[test]
 fn chunks_in_lz4_zstd_or_plain_and_a_compressed_file_read_alike() {
     let dir = tempfile::tempdir().unwrap();
