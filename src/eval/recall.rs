@@ -3,7 +3,6 @@
 use crate::descriptor::Descriptor;
 use crate::error::Result;
 use crate::map::{Hit, Index};
-use rayon::prelude::*;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -34,8 +33,7 @@ pub fn rank_all(queries: &[Descriptor], references: &[Descriptor], k: usize) -> 
             reason: format!("a query has {} dimensions, the references have {}", q.dim(), references[0].dim()),
         });
     }
-    let whole = 0..references.len();
-    Ok(queries.par_iter().map(|q| index.search(q, k, std::slice::from_ref(&whole))).collect())
+    Ok(index.search_all(queries, k))
 }
 
 /// Recall at each of `at`, from ranked hits and the true references of each query.

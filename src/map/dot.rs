@@ -1,46 +1,27 @@
-//! Inner products over rows of a matrix: the inner loop of the exact search.
-//!
-//! Reading is what costs: a map of 100 000 keyframes is 179 MB. So one sequential stream, each row
-//! read once, which the hardware prefetches better than we could (measured: software prefetch cost
-//! 5 to 15 % on 4 kB pages and won 4 % on huge ones); the query stays in the first-level cache. Huge
-//! pages save a fifth of the time: see [`crate::simd::advise_huge_pages`].
+//! Inner products of descriptors.
 
 use crate::simd::Isa;
 
 /// `sum(a[i] * b[i])` over the shorter length.
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let n = a.len().min(b.len());
-    let mut out = [0f32];
-    scores_with(Isa::detect(), &a[..n], &b[..n], &mut out);
-    out[0]
+    dot_with(Isa::detect(), &a[..n], &b[..n])
 }
 
-/// Inner products of `query` (D) with each row of `rows` (`out.len()` x D) into `out`.
-pub fn scores(query: &[f32], rows: &[f32], out: &mut [f32]) {
-    scores_with(Isa::detect(), query, rows, out);
-}
-
-/// [`scores`] on a given instruction set, which must be one of [`Isa::available`].
-pub(crate) fn scores_with(isa: Isa, query: &[f32], rows: &[f32], out: &mut [f32]) {
-    let dim = query.len();
-    assert_eq!(rows.len(), dim * out.len(), "rows x dimensions");
-    if dim == 0 {
-        out.fill(0.0);
-        return;
-    }
+/// [`dot`] on a given instruction set, which must be one of [`Isa::available`].
+pub(crate) fn dot_with(isa: Isa, a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len(), "dimensions");
     #[cfg(target_arch = "x86_64")]
     match isa.min(Isa::detect()) {
         // SAFETY: the processor has the features (`detect`), and the assertion above is the
         // function's contract on lengths.
-        Isa::Avx512 => return unsafe { x86::scores_avx512(query, rows, out) },
+        Isa::Avx512 => return unsafe { x86::dot_avx512(a, b) },
         // SAFETY: as above.
-        Isa::Avx2 => return unsafe { x86::scores_avx2(query, rows, out) },
+        Isa::Avx2 => return unsafe { x86::dot_avx2(a, b) },
         Isa::Portable => {}
     }
     let _ = isa;
-    for (row, out) in rows.chunks_exact(dim).zip(out) {
-        *out = portable(query, row);
-    }
+    portable(a, b)
 }
 
 fn portable(a: &[f32], b: &[f32]) -> f32 {
@@ -61,71 +42,58 @@ mod x86 {
     use std::arch::x86_64::*;
 
     /// # Safety
-    /// AVX-512 F must be there, and `rows.len() == query.len() * out.len()`.
+    /// AVX-512 F must be there, and `a.len() == b.len()`.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn scores_avx512(query: &[f32], rows: &[f32], out: &mut [f32]) {
-        let dim = query.len();
-        let q = query.as_ptr();
+    pub unsafe fn dot_avx512(a: &[f32], b: &[f32]) -> f32 {
+        let dim = a.len();
         let (wide, tail) = (dim / 16 * 16, dim % 16);
-        let mask: __mmask16 = ((1u32 << tail) - 1) as __mmask16;
-        for (i, out) in out.iter_mut().enumerate() {
-            // SAFETY: row i lies inside `rows` by the contract; the masked load reads only the
-            // `tail` values that are left.
-            unsafe {
-                let r = rows.as_ptr().add(i * dim);
-                let mut s = [_mm512_setzero_ps(); 4];
-                let mut at = 0;
-                while at + 64 <= wide {
-                    for (k, s) in s.iter_mut().enumerate() {
-                        let p = r.add(at + 16 * k);
-                        *s = _mm512_fmadd_ps(_mm512_loadu_ps(q.add(at + 16 * k)), _mm512_loadu_ps(p), *s);
-                    }
-                    at += 64;
+        let (a, b) = (a.as_ptr(), b.as_ptr());
+        // SAFETY: `at` stays below the length of both; the masked loads read only the `tail` values that are left.
+        unsafe {
+            let mut s = [_mm512_setzero_ps(); 4];
+            let mut at = 0;
+            while at + 64 <= wide {
+                for (k, s) in s.iter_mut().enumerate() {
+                    *s = _mm512_fmadd_ps(_mm512_loadu_ps(a.add(at + 16 * k)), _mm512_loadu_ps(b.add(at + 16 * k)), *s);
                 }
-                while at < wide {
-                    s[0] = _mm512_fmadd_ps(_mm512_loadu_ps(q.add(at)), _mm512_loadu_ps(r.add(at)), s[0]);
-                    at += 16;
-                }
-                if tail > 0 {
-                    let a = _mm512_maskz_loadu_ps(mask, q.add(at));
-                    let b = _mm512_maskz_loadu_ps(mask, r.add(at));
-                    s[1] = _mm512_fmadd_ps(a, b, s[1]);
-                }
-                *out = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
+                at += 64;
             }
+            while at < wide {
+                s[0] = _mm512_fmadd_ps(_mm512_loadu_ps(a.add(at)), _mm512_loadu_ps(b.add(at)), s[0]);
+                at += 16;
+            }
+            if tail > 0 {
+                let mask: __mmask16 = ((1u32 << tail) - 1) as __mmask16;
+                s[1] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, a.add(at)), _mm512_maskz_loadu_ps(mask, b.add(at)), s[1]);
+            }
+            _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])))
         }
     }
 
     /// # Safety
-    /// AVX2 and FMA must be there, and `rows.len() == query.len() * out.len()`.
+    /// AVX2 and FMA must be there, and `a.len() == b.len()`.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn scores_avx2(query: &[f32], rows: &[f32], out: &mut [f32]) {
-        let dim = query.len();
-        let q = query.as_ptr();
-        let wide = dim / 8 * 8;
-        for (i, out) in out.iter_mut().enumerate() {
-            // SAFETY: row i lies inside `rows` by the contract; `at` stays below `wide <= dim`.
-            unsafe {
-                let r = rows.as_ptr().add(i * dim);
-                let mut s = [_mm256_setzero_ps(); 4];
-                let mut at = 0;
-                while at + 32 <= wide {
-                    for (k, s) in s.iter_mut().enumerate() {
-                        let p = r.add(at + 8 * k);
-                        *s = _mm256_fmadd_ps(_mm256_loadu_ps(q.add(at + 8 * k)), _mm256_loadu_ps(p), *s);
-                    }
-                    at += 32;
+    pub unsafe fn dot_avx2(a: &[f32], b: &[f32]) -> f32 {
+        let wide = a.len() / 8 * 8;
+        let (pa, pb) = (a.as_ptr(), b.as_ptr());
+        // SAFETY: `at` stays below `wide`, which is no more than the length of both.
+        unsafe {
+            let mut s = [_mm256_setzero_ps(); 4];
+            let mut at = 0;
+            while at + 32 <= wide {
+                for (k, s) in s.iter_mut().enumerate() {
+                    *s = _mm256_fmadd_ps(_mm256_loadu_ps(pa.add(at + 8 * k)), _mm256_loadu_ps(pb.add(at + 8 * k)), *s);
                 }
-                while at < wide {
-                    s[0] = _mm256_fmadd_ps(_mm256_loadu_ps(q.add(at)), _mm256_loadu_ps(r.add(at)), s[0]);
-                    at += 8;
-                }
-                let sum = _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]));
-                let mut lanes = [0f32; 8];
-                _mm256_storeu_ps(lanes.as_mut_ptr(), sum);
-                let tail: f32 = query[wide..].iter().zip(&rows[i * dim + wide..]).map(|(a, b)| a * b).sum();
-                *out = lanes.iter().sum::<f32>() + tail;
+                at += 32;
             }
+            while at < wide {
+                s[0] = _mm256_fmadd_ps(_mm256_loadu_ps(pa.add(at)), _mm256_loadu_ps(pb.add(at)), s[0]);
+                at += 8;
+            }
+            let sum = _mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3]));
+            let mut lanes = [0f32; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), sum);
+            lanes.iter().sum::<f32>() + a[wide..].iter().zip(&b[wide..]).map(|(a, b)| a * b).sum::<f32>()
         }
     }
 }
@@ -137,16 +105,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_instruction_set_agrees_with_f64(dim in 1usize..200, rows in 1usize..9, seed in any::<u64>()) {
-            let q: Vec<f32> = (0..dim as u64).map(|i| crate::test_noise(seed, i)).collect();
-            let r: Vec<f32> = (0..(dim * rows) as u64).map(|i| crate::test_noise(!seed, i)).collect();
+        fn every_instruction_set_agrees_with_f64(dim in 0usize..200, seed in any::<u64>()) {
+            let a: Vec<f32> = (0..dim as u64).map(|i| crate::test_noise(seed, i)).collect();
+            let b: Vec<f32> = (0..dim as u64).map(|i| crate::test_noise(!seed, i)).collect();
+            let want: f64 = a.iter().zip(&b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
             for isa in Isa::available() {
-                let mut out = vec![0f32; rows];
-                scores_with(isa, &q, &r, &mut out);
-                for (row, got) in r.chunks_exact(dim).zip(&out) {
-                    let want: f64 = q.iter().zip(row).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-                    prop_assert!((f64::from(*got) - want).abs() < 1e-4, "{isa:?}: {got} {want}");
-                }
+                let got = dot_with(isa, &a, &b);
+                prop_assert!((f64::from(got) - want).abs() < 1e-4, "{isa:?}: {got} {want}");
             }
         }
     }
@@ -157,12 +122,9 @@ mod tests {
             for dim in [1, 7, 16, 33, 448] {
                 let mut q = vec![1f32; dim];
                 q[dim - 1] = f32::NAN;
-                let mut out = [0f32];
-                scores_with(isa, &q, &vec![1.0; dim], &mut out);
-                assert!(out[0].is_nan(), "{isa:?} {dim}");
+                assert!(dot_with(isa, &q, &vec![1.0; dim]).is_nan(), "{isa:?} {dim}");
                 q[dim - 1] = f32::INFINITY;
-                scores_with(isa, &q, &vec![1.0; dim], &mut out);
-                assert_eq!(out[0], f32::INFINITY, "{isa:?} {dim}");
+                assert_eq!(dot_with(isa, &q, &vec![1.0; dim]), f32::INFINITY, "{isa:?} {dim}");
             }
         }
     }

@@ -4,6 +4,7 @@
 
 mod changes;
 mod check;
+mod codes;
 mod dot;
 mod export;
 mod format;
@@ -14,7 +15,7 @@ mod thin;
 
 pub use changes::Changes;
 pub use check::{salvage, Account, SessionAccount, Verdict};
-pub use dot::{dot, scores};
+pub use dot::dot;
 pub use export::{g2o, json, tum, Edges};
 pub use format::VERSION;
 pub use index::{Hit, Index};

@@ -6,6 +6,7 @@
 use crate::common;
 use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
+use clap::builder::TypedValueParser;
 use serde::Serialize;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +17,7 @@ use structvpr::eval::{write_npy, Matrix};
 use structvpr::features::{CompactFeatures, Features};
 use structvpr::geometry::{mutual_matches, verify, VerifyConfig, View};
 use structvpr::image::{RawImage, RgbImage};
-use structvpr::map::{Index, Keyframe, Map};
+use structvpr::map::{Hit, Index, Keyframe, Map};
 use structvpr::model::{Architecture, LocalNet, LocalWeights};
 use structvpr::pipeline::{Frame, LoopDetector};
 use structvpr::simd::Isa;
@@ -41,6 +42,9 @@ pub struct Args {
     /// Threads.
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    /// Sizes of the maps that are searched; a million take 3 GB, with --peers 5 GB more, of which 2 GB are a file in TMPDIR.
+    #[arg(long, value_delimiter = ',', default_value = "10000,100000,1000000", value_parser = clap::value_parser!(u32).range(100..=10_000_000).map(|n| n as usize))]
+    places: Vec<usize>,
     #[arg(long)]
     json: bool,
 }
@@ -84,8 +88,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         rows.push(verification(&args)?);
     }
     if args.only.iter().any(|o| o == "search") {
-        for n in [10_000, 100_000] {
-            rows.push(search(&args, n)?);
+        for n in &args.places {
+            rows.extend(search(&args, *n)?);
         }
     }
     if args.only.iter().any(|o| o == "pipeline") {
@@ -133,9 +137,9 @@ const TURN: usize = 5;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Runs `ours` and the peer in turns of a few rounds.
-fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+fn rounds(count: usize, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
-    while mine.len() < args.rounds {
+    while mine.len() < count {
         for i in 0..TURN {
             let began = Instant::now();
             ours()?;
@@ -154,51 +158,99 @@ fn rounds(args: &Args, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Pe
     Ok((mine, peer.map(|_| theirs)))
 }
 
-fn search(args: &Args, n: usize) -> Result<Row> {
-    let vector = |i: usize| -> Result<Descriptor> {
-        let noise = |d: usize| {
-            let mut z = ((i * DIM + d) as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            ((z ^ (z >> 27)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-        };
-        Ok(Descriptor::new((0..DIM).map(noise).collect())?)
-    };
-    let mut index = Index::new();
-    for i in 0..n {
-        index.push(&vector(i)?)?;
+/// Keyframes in the order of a drive: each is like the ones before, none like those from long before.
+struct Drive {
+    at: Vec<f32>,
+    steps: usize,
+}
+
+impl Drive {
+    fn next(&mut self) -> Result<Descriptor> {
+        self.steps += 1;
+        for (v, n) in self.at.iter_mut().zip(noise(self.steps, DIM)) {
+            *v = 0.97 * *v + 0.25 * n;
+        }
+        Ok(Descriptor::new(self.at.clone())?)
     }
-    let query = vector(n + 7)?;
-    let dir = tempfile::tempdir()?;
-    let peer = if args.peers {
-        let write =
-            |name: &str, rows: usize, data: Vec<f64>| std::fs::write(dir.path().join(name), write_npy(&Matrix { rows, cols: DIM, data }));
-        write("rows.npy", n, (0..n).flat_map(|i| index.row(i).iter().map(|v| f64::from(*v))).collect())?;
-        write("query.npy", 1, query.as_slice().iter().map(|v| f64::from(*v)).collect())?;
-        Some(Peer::start(args, "search.py", &[dir.path()])?)
-    } else {
-        None
+}
+
+/// Little-endian f32, as the peers read them.
+fn write_f32<'a>(path: &Path, rows: impl Iterator<Item = &'a [f32]>) -> Result<()> {
+    let mut out = std::io::BufWriter::new(std::fs::File::create(path)?);
+    for v in rows.flatten() {
+        out.write_all(&v.to_le_bytes())?;
+    }
+    Ok(out.flush()?)
+}
+
+/// Queries that rounds take in turn, so that none finds its neighbours in the caches; a batch is all of them.
+const QUERIES: usize = 256;
+/// Rounds of batches, of which the peer's take seconds.
+const BATCH_ROUNDS: usize = 8;
+
+/// Exact neighbours of one query at a time, and of a batch, in a map of `n` places.
+fn search(args: &Args, n: usize) -> Result<Vec<Row>> {
+    let mut drive = Drive { at: vec![0.0; DIM], steps: 0 };
+    let mut index = Index::new();
+    let mut inserting = std::time::Duration::ZERO;
+    for _ in 0..n {
+        let descriptor = drive.next()?;
+        let began = Instant::now();
+        index.push(&descriptor)?;
+        inserting += began.elapsed();
+    }
+    // Places seen again, in another light.
+    let again = |i: usize| {
+        let row = index.row((i * 2_654_435_761 + 17) % n).iter();
+        Ok(Descriptor::new(row.zip(noise(n + i + 1, DIM)).map(|(v, noise)| v + 0.05 * noise).collect())?)
     };
-    let mut hits = Vec::new();
-    let whole = 0..n;
+    let queries = (0..QUERIES).map(again).collect::<Result<Vec<_>>>()?;
+    let dir = tempfile::tempdir()?;
+    if args.peers {
+        write_f32(&dir.path().join("rows.f32"), (0..n).map(|i| index.row(i)))?;
+        write_f32(&dir.path().join("queries.f32"), queries.iter().map(Descriptor::as_slice))?;
+    }
+    let peer = |what: &str| args.peers.then(|| Peer::start(args, "search.py", &[dir.path(), Path::new(what)])).transpose();
+    let compare = |found: &[Vec<Hit>]| -> Result<String> {
+        let text = std::fs::read_to_string(dir.path().join("ids.txt")).context("the peer left no ids.txt")?;
+        let theirs: Vec<Vec<usize>> = text.lines().map(|l| l.split_whitespace().filter_map(|w| w.parse().ok()).collect()).collect();
+        let same =
+            |(hits, ids): (&Vec<Hit>, &Vec<usize>)| hits.iter().take(10).filter(|h| ids[..10.min(ids.len())].contains(&h.row)).count();
+        let recall = found.iter().zip(&theirs).map(same).sum::<usize>() as f64 / (10 * found.len()) as f64;
+        ensure!(recall >= 0.999, "recall@10 against faiss is {recall:.4}");
+        Ok(format!("recall@10 {recall:.4}"))
+    };
+    let mut rows = Vec::new();
+
+    let mut found = vec![Vec::new(); QUERIES];
+    let (whole, mut round) = (0..n, 0);
     let (ours, theirs) = rounds(
-        args,
+        args.rounds,
         || {
-            hits = index.search(&query, TOP_K, std::slice::from_ref(&whole));
+            found[round % QUERIES] = index.search(&queries[round % QUERIES], TOP_K, std::slice::from_ref(&whole));
+            round += 1;
             Ok(())
         },
-        peer,
+        peer("one")?,
     )?;
-    let check = match &theirs {
-        Some(_) => {
-            let text = std::fs::read_to_string(dir.path().join("ids.txt")).context("the peer left no ids.txt")?;
-            let ids: Vec<usize> = text.split_whitespace().filter_map(|w| w.parse().ok()).collect();
-            let same = hits.iter().filter(|h| ids.contains(&h.row)).count();
-            ensure!(same + 1 >= TOP_K, "only {same} of {TOP_K} neighbours agree with faiss");
-            Some(format!("{same}/{TOP_K} neighbours the same"))
-        }
-        None => None,
-    };
-    Ok(row(format!("search top {TOP_K} of {n} x {DIM} f32"), ours, theirs.map(|t| ("faiss IndexFlatIP", t)), check))
+    found.truncate(round);
+    let check = theirs.as_ref().map(|_| compare(&found)).transpose()?;
+    let insert = format!("insert {:.1} us", 1e6 * inserting.as_secs_f64() / n as f64);
+    let check = check.into_iter().chain([insert]).collect::<Vec<_>>().join(", ");
+    rows.push(row(format!("search top {TOP_K} of {n} x {DIM}"), ours, theirs.map(|t| ("faiss IndexFlatIP", t)), Some(check)));
+
+    let mut found = Vec::new();
+    let (ours, theirs) = rounds(
+        args.rounds.min(BATCH_ROUNDS),
+        || {
+            found = index.search_all(&queries, TOP_K);
+            Ok(())
+        },
+        peer("batch")?,
+    )?;
+    let check = theirs.as_ref().map(|_| compare(&found)).transpose()?;
+    rows.push(row(format!("  {QUERIES} queries at once"), ours, theirs.map(|t| ("faiss IndexFlatIP", t)), check));
+    Ok(rows)
 }
 
 fn descriptor(args: &Args) -> Result<Row> {
@@ -217,7 +269,7 @@ fn descriptor(args: &Args) -> Result<Row> {
     };
     let mut last = None;
     let (ours, theirs) = rounds(
-        args,
+        args.rounds,
         || {
             last = Some(model.describe_tensor(&x)?);
             Ok(())
@@ -329,7 +381,7 @@ fn superpoint(args: &Args) -> Result<Row> {
     let x = Tensor::from_vec(pixels, (1, 1, h, w), &Device::Cpu)?;
     let mut last = None;
     let (ours, theirs) = rounds(
-        args,
+        args.rounds,
         || {
             last = Some(net.dense(&x)?);
             Ok(())
@@ -375,7 +427,7 @@ fn matching(args: &Args) -> Result<Row> {
     };
     let mut found = Vec::new();
     let (ours, theirs) = rounds(
-        args,
+        args.rounds,
         || {
             found = mutual_matches(&query, &reference, 1.0)?;
             Ok(())
@@ -401,7 +453,7 @@ fn verification(args: &Args) -> Result<Row> {
     let (query, packed) = (random_features(1, n, dim)?, CompactFeatures::new(&random_features(2, n, dim)?));
     let mut inliers = 0;
     let (ours, _) = rounds(
-        args,
+        args.rounds,
         || {
             let reference = packed.unpack()?;
             let matches = mutual_matches(&query, &reference, 1.0)?;
