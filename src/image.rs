@@ -1,14 +1,18 @@
 //! Pixels from untrusted bytes: ROS encodings, JPEG, PNG; resize and undistort.
 //!
-//! Every size is checked against the data before anything is allocated. OpenCV decodes, demosaics,
-//! resizes and undistorts.
+//! Every size is checked against the data before anything is allocated. libjpeg-turbo (the pixels that OpenCV and Pillow give too)
+//! and a PNG reader in safe Rust decode; OpenCV demosaics, resizes and undistorts. OpenCV's own decoders would load a hundred
+//! libraries (GDAL, GDCM, ...) into every process, and feed them untrusted bytes.
 
 use crate::error::{Error, Result};
-use opencv::core::{Mat, MatTraitConst, MatTraitConstManual, Size, Vector};
-use opencv::{calib3d, imgcodecs, imgproc};
+use opencv::core::{Mat, MatTraitConst, MatTraitConstManual, Size};
+use opencv::{calib3d, imgproc};
 
 /// Most pixels that we decode: 64 million, above any robot's camera. 20 000 x 20 000 is refused.
 pub const MAX_PIXELS: u64 = 64_000_000;
+
+/// Most scans of a progressive JPEG: each costs a pass over the whole image, however few bytes it has.
+const MAX_SCANS: u32 = 200;
 
 const SUPPORTED: &str = "rgb8, bgr8, rgba8, bgra8, mono8, 8UC1, 8UC3, mono16, 16UC1, bayer_{rggb,bggr,gbrg,grbg}8, yuv422 (uyvy), yuv422_yuy2 (yuyv), nv21, nv24";
 
@@ -60,6 +64,10 @@ fn check_size(width: u64, height: u64) -> Result<()> {
         Some(n) if n <= MAX_PIXELS => Ok(()),
         _ => Err(Error::image(format!("size {width}x{height} is over the limit of {MAX_PIXELS} pixels"))),
     }
+}
+
+fn damaged(e: impl std::fmt::Display) -> Error {
+    Error::image(format!("does not decode: {e}"))
 }
 
 /// An OpenCV image of its own over `height` tight rows.
@@ -137,18 +145,51 @@ impl RgbImage {
         Self::new(raw.width, raw.height, data)
     }
 
-    /// Decodes JPEG or PNG. The size in the file's header is checked before OpenCV sees it.
+    /// Decodes JPEG or PNG; alpha is left out, of 16 bits the upper 8 are kept. The size in the file's header is checked before
+    /// anything is allocated for its pixels.
     ///
     /// Errors: other formats, a size over [`MAX_PIXELS`], bytes that do not decode.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let (w, h) = sniff_size(bytes)?;
-        check_size(w.into(), h.into())?;
-        let bgr = imgcodecs::imdecode(&Mat::from_slice(bytes)?, imgcodecs::IMREAD_COLOR | imgcodecs::IMREAD_IGNORE_ORIENTATION)
-            .map_err(|e| Error::image(format!("does not decode: {}", e.message)))?;
-        if bgr.empty() {
-            return Err(Error::image("does not decode: truncated or damaged"));
+        if bytes.starts_with(&[0xff, 0xd8]) {
+            Self::from_jpeg(bytes)
+        } else if bytes.starts_with(b"\x89PNG") {
+            Self::from_png(bytes)
+        } else {
+            Err(Error::image("neither JPEG nor PNG"))
         }
-        Self::from_bgr(&bgr)
+    }
+
+    fn from_jpeg(bytes: &[u8]) -> Result<Self> {
+        let mut decoder = turbojpeg::Decompressor::new().map_err(damaged)?;
+        decoder.set_scan_limit(MAX_SCANS).map_err(damaged)?;
+        let turbojpeg::DecompressHeader { width, height, .. } = decoder.read_header(bytes).map_err(damaged)?;
+        check_size(width as u64, height as u64)?;
+        let mut pixels = vec![0; 3 * width * height];
+        let image = turbojpeg::Image { pixels: &mut pixels[..], width, pitch: 3 * width, height, format: turbojpeg::PixelFormat::RGB };
+        match decoder.decompress(bytes, image) {
+            // Many webcams stuff their frames; the picture is whole.
+            Err(turbojpeg::Error::TurboJpegError(e)) if e.contains("extraneous bytes") => {}
+            other => other.map_err(damaged)?,
+        }
+        Self::new(width as u32, height as u32, pixels)
+    }
+
+    fn from_png(bytes: &[u8]) -> Result<Self> {
+        let mut decoder = png::Decoder::new(std::io::Cursor::new(bytes));
+        decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
+        let (width, height) = decoder.read_header_info().map_err(damaged)?.size();
+        check_size(width.into(), height.into())?;
+        let mut reader = decoder.read_info().map_err(damaged)?;
+        let mut pixels = vec![0; reader.output_buffer_size().ok_or_else(|| damaged("too large"))?];
+        reader.next_frame(&mut pixels).map_err(damaged)?;
+        let data = match reader.output_color_type().0 {
+            png::ColorType::Rgb => pixels,
+            png::ColorType::Rgba => pixels.chunks_exact(4).flat_map(|p| [p[0], p[1], p[2]]).collect(),
+            png::ColorType::Grayscale => pixels.iter().flat_map(|v| [*v; 3]).collect(),
+            png::ColorType::GrayscaleAlpha => pixels.chunks_exact(2).flat_map(|p| [p[0]; 3]).collect(),
+            png::ColorType::Indexed => return Err(damaged("no palette")),
+        };
+        Self::new(width, height, data)
     }
 
     /// Area-averaged resize (OpenCV's INTER_AREA).
@@ -203,9 +244,17 @@ impl RgbImage {
         Self::new(self.width, self.height, out.data_bytes()?.to_vec())
     }
 
-    /// JPEG of `quality` 0 to 100.
-    pub fn to_jpeg(&self, quality: i32) -> Result<Vec<u8>> {
-        self.encode(".jpg", &[imgcodecs::IMWRITE_JPEG_QUALITY, quality])
+    /// JPEG of `quality` 1 to 100, chroma at half size.
+    pub fn to_jpeg(&self, quality: u8) -> Result<Vec<u8>> {
+        let encoded = || {
+            let (width, height) = (self.width as usize, self.height as usize);
+            let image = turbojpeg::Image { pixels: &self.data[..], width, pitch: 3 * width, height, format: turbojpeg::PixelFormat::RGB };
+            let mut encoder = turbojpeg::Compressor::new()?;
+            encoder.set_quality(quality.clamp(1, 100).into())?;
+            encoder.set_subsamp(turbojpeg::Subsamp::Sub2x2)?;
+            encoder.compress_to_vec(image)
+        };
+        encoded().map_err(|e| self.not_encoded(&e))
     }
 
     /// A small JPEG, `width` columns wide at most.
@@ -217,7 +266,20 @@ impl RgbImage {
 
     /// PNG, lossless.
     pub fn to_png(&self) -> Result<Vec<u8>> {
-        self.encode(".png", &[])
+        let encoded = || -> std::result::Result<_, png::EncodingError> {
+            let mut out = Vec::new();
+            let mut encoder = png::Encoder::new(&mut out, self.width, self.height);
+            encoder.set_color(png::ColorType::Rgb);
+            let mut writer = encoder.write_header()?;
+            writer.write_image_data(&self.data)?;
+            writer.finish()?;
+            Ok(out)
+        };
+        encoded().map_err(|e| self.not_encoded(&e))
+    }
+
+    fn not_encoded(&self, e: &dyn std::error::Error) -> Error {
+        Error::image(format!("{}x{} cannot be encoded: {e}", self.width, self.height))
     }
 
     /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image.
@@ -240,14 +302,6 @@ impl RgbImage {
         (mean as f32, (squares as f64 / n - mean * mean).max(0.0).sqrt() as f32)
     }
 
-    fn encode(&self, extension: &str, parameters: &[i32]) -> Result<Vec<u8>> {
-        let mut bgr = Mat::default();
-        imgproc::cvt_color_def(&self.mat()?, &mut bgr, imgproc::COLOR_RGB2BGR)?;
-        let mut out = Vector::<u8>::new();
-        imgcodecs::imencode(extension, &bgr, &mut out, &Vector::from_slice(parameters))?;
-        Ok(out.as_slice().to_vec())
-    }
-
     /// Luma, for the detectors of points.
     pub(crate) fn grey(&self) -> Result<Mat> {
         let mut grey = Mat::default();
@@ -262,12 +316,6 @@ impl RgbImage {
 
     fn mat(&self) -> Result<Mat> {
         mat(self.height, &self.data, 3)
-    }
-
-    fn from_bgr(bgr: &impl opencv::core::ToInputArray) -> Result<Self> {
-        let mut rgb = Mat::default();
-        imgproc::cvt_color_def(bgr, &mut rgb, imgproc::COLOR_BGR2RGB)?;
-        Self::new(rgb.cols() as u32, rgb.rows() as u32, rgb.data_bytes()?.to_vec())
     }
 }
 
@@ -475,38 +523,6 @@ impl Layout {
 fn yuv_to_rgb(y: u8, u: u8, v: u8) -> [u8; 3] {
     let (y, u, v) = (1.164 * (f32::from(y) - 16.0).max(0.0), f32::from(u) - 128.0, f32::from(v) - 128.0);
     [y + 1.596 * v, y - 0.813 * v - 0.391 * u, y + 2.018 * u].map(|c| c.round().clamp(0.0, 255.0) as u8)
-}
-
-/// Width and height from a JPEG's or PNG's header.
-fn sniff_size(bytes: &[u8]) -> Result<(u32, u32)> {
-    if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
-        let field = |at: usize| -> Option<u32> { Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?)) };
-        return match (bytes.get(12..16), field(16), field(20)) {
-            (Some(b"IHDR"), Some(w), Some(h)) => Ok((w, h)),
-            _ => Err(Error::image("PNG without a header")),
-        };
-    }
-    if bytes.starts_with(&[0xff, 0xd8]) {
-        let mut at = 2;
-        while let Some(&[0xff, marker, hi, lo]) = bytes.get(at..at + 4) {
-            match marker {
-                0xff => {
-                    at += 1;
-                    continue;
-                }
-                // Start of frame, all kinds but the tables that share the range.
-                0xc0..=0xcf if !matches!(marker, 0xc4 | 0xc8 | 0xcc) => {
-                    let Some(&[h1, h0, w1, w0]) = bytes.get(at + 5..at + 9) else { break };
-                    return Ok((u16::from_be_bytes([w1, w0]).into(), u16::from_be_bytes([h1, h0]).into()));
-                }
-                0x01 | 0xd0..=0xd8 => at += 2,
-                0xd9 | 0xda => break,
-                _ => at += 2 + usize::from(u16::from_be_bytes([hi, lo])),
-            }
-        }
-        return Err(Error::image("JPEG without a frame header"));
-    }
-    Err(Error::image("neither JPEG nor PNG"))
 }
 
 #[cfg(test)]

@@ -100,12 +100,57 @@ fn jpeg_and_png_come_back() {
     let smooth = RgbImage::new(60, 40, vec![90; 60 * 40 * 3]).unwrap();
     let back = RgbImage::decode(&smooth.to_jpeg(95).unwrap()).unwrap();
     assert!(back.data().iter().all(|v| v.abs_diff(90) <= 2));
-    // A header that claims 60 000 x 60 000 is refused before OpenCV sees it.
+    // Headers that claim 60 000 x 60 000.
     let mut png = image.to_png().unwrap();
     png[16..20].copy_from_slice(&60_000u32.to_be_bytes());
     png[20..24].copy_from_slice(&60_000u32.to_be_bytes());
-    assert!(RgbImage::decode(&png).unwrap_err().to_string().contains("over the limit"));
+    let crc = crc32fast::hash(&png[12..29]);
+    png[29..33].copy_from_slice(&crc.to_be_bytes());
+    let mut jpeg = image.to_jpeg(90).unwrap();
+    let frame = jpeg.windows(2).position(|w| w == [0xff, 0xc0]).unwrap();
+    jpeg[frame + 5..frame + 9].copy_from_slice(&[0xea, 0x60, 0xea, 0x60]);
+    for bomb in [png, jpeg] {
+        assert!(RgbImage::decode(&bomb).unwrap_err().to_string().contains("over the limit"));
+    }
     assert!(RgbImage::decode(b"GIF89a").unwrap_err().to_string().contains("neither JPEG nor PNG"));
+}
+
+/// What cameras do to their JPEGs, and what they must not.
+#[test]
+fn a_stuffed_jpeg_is_an_image_and_half_a_jpeg_is_none() {
+    let image = RgbImage::new(60, 40, (0..60 * 40 * 3).map(|i| (i % 251) as u8).collect()).unwrap();
+    let jpeg = image.to_jpeg(90).unwrap();
+    let end = jpeg.len() - 2;
+    let stuffed = [&jpeg[..end], &[0, 0, 0], &jpeg[end..]].concat();
+    assert_eq!(RgbImage::decode(&stuffed).unwrap(), RgbImage::decode(&jpeg).unwrap());
+    for cut in [3, 20, end / 2, end - 200] {
+        assert!(RgbImage::decode(&jpeg[..cut]).unwrap_err().to_string().contains("does not decode"), "{cut}");
+    }
+}
+
+/// Grey, alpha, palette and 16 bits: what label tools and depth cameras write.
+#[test]
+fn every_kind_of_png_is_rgb_afterwards() {
+    use png::{BitDepth, ColorType};
+    let kinds: [(ColorType, BitDepth, &[u8], [u8; 3]); 6] = [
+        (ColorType::Grayscale, BitDepth::Eight, &[77], [77; 3]),
+        (ColorType::Grayscale, BitDepth::One, &[0x80], [255; 3]),
+        (ColorType::GrayscaleAlpha, BitDepth::Eight, &[77, 10], [77; 3]),
+        (ColorType::Rgba, BitDepth::Eight, &[1, 2, 3, 10], [1, 2, 3]),
+        (ColorType::Rgb, BitDepth::Sixteen, &[1, 200, 2, 200, 3, 200], [1, 2, 3]),
+        (ColorType::Indexed, BitDepth::Eight, &[1], [4, 5, 6]),
+    ];
+    for (color, depth, data, want) in kinds {
+        let mut bytes = Vec::new();
+        let mut encoder = png::Encoder::new(&mut bytes, 1, 1);
+        encoder.set_color(color);
+        encoder.set_depth(depth);
+        encoder.set_palette(vec![1, 2, 3, 4, 5, 6]);
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_image_data(data).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(RgbImage::decode(&bytes).unwrap().data(), want, "{color:?} {depth:?}");
+    }
 }
 
 #[test]

@@ -217,6 +217,8 @@ fn lying_cameras_cost_an_image_each_and_nothing_else() {
         let mut png = RgbImage::new(8, 6, pixels(8, 6, 1)).unwrap().to_png().unwrap();
         png[16..20].copy_from_slice(&20_000u32.to_be_bytes());
         png[20..24].copy_from_slice(&20_000u32.to_be_bytes());
+        let crc = crc32fast::hash(&png[12..29]);
+        png[29..33].copy_from_slice(&crc.to_be_bytes());
         png
     };
     assert!(RgbImage::decode(&jpeg_bomb).unwrap_err().to_string().contains("limit"));
