@@ -72,6 +72,9 @@ section! {
     ModelConfig {
         /// Weight file; empty: the shipped one.
         file: String = "", Kind::Text, restart;
+        /// What the model computes in. `int8` is faster where the processor has VNNI, and may be slower where it has not even AVX2;
+        /// descriptors of both compare, so that a map of one serves the other.
+        compute: String = "f32", Kind::Choice(&["f32", "int8"]), restart;
         /// Threads of the model; 0: all cores.
         threads: usize = 0usize, Kind::Count(0, 1024), restart;
     }

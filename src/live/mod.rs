@@ -20,7 +20,7 @@ use crate::features::Features;
 use crate::geometry::View;
 use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
 use crate::map::{Hit, Map, Store};
-use crate::model::Model;
+use crate::model::{Model, Precision};
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
 use crate::rerank::{lead, Reranked, Reranker};
@@ -246,6 +246,7 @@ impl Engine {
             "" => Model::shipped()?,
             file => Model::from_bytes(&read_file(Path::new(file))?).map_err(|e| e.at(Path::new(file)))?,
         };
+        let model = model.with_precision(if settings.model.compute == "int8" { Precision::Int8 } else { Precision::F32 })?;
         let path = (!settings.map.file.is_empty()).then(|| PathBuf::from(&settings.map.file));
         if let Some(path) = &path {
             check_folder(path)?;

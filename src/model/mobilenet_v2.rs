@@ -4,7 +4,7 @@
 //! Batch norm is folded before the network is built, so each convolution is weight, bias and
 //! activation. 1x1 convolutions are matrix products, depthwise ones our own op.
 
-use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock};
+use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock, Precision};
 use super::pooling::{l2_normalize, Pooling};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -170,8 +170,9 @@ fn values(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 impl MobileNetV2 {
-    /// The same network for inference alone: no gradients, batch of one, several times as fast.
-    pub fn plan(&self) -> Result<Plan> {
+    /// The same network for inference alone: no gradients, batch of one, several times as fast; in the
+    /// precision that is asked for.
+    pub fn plan(&self, precision: Precision) -> Result<Plan> {
         let pads = match self.padding {
             Padding::Symmetric => |h, w, s| Padding::Symmetric.of(h, w, s),
             Padding::Same => |h, w, s| Padding::Same.of(h, w, s),
@@ -196,7 +197,7 @@ impl MobileNetV2 {
                 tap: TAPS.contains(&(at + 1)),
             });
         }
-        Ok(Plan::new(slices(&both(&self.stem)?), &blocks, pads))
+        Ok(Plan::new(precision, slices(&both(&self.stem)?), &blocks, pads))
     }
 
     /// Builds from folded tensors that `get` returns by our names (`blocks.3.expand.weight`).

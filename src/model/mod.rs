@@ -29,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use candle_core::{DType, Device, Tensor};
 use kernels::Plan;
+pub use kernels::Precision;
 use sha2::{Digest, Sha256};
 
 /// The model in the repository: what the commands use when none is given.
@@ -40,15 +41,20 @@ pub struct Model {
     weights: Weights,
     identity: ModelIdentity,
     plan: Plan,
+    precision: Precision,
+}
+
+fn network(weights: &Weights) -> Result<MobileNetV2> {
+    MobileNetV2::new(weights.spec.padding, |name| {
+        weights.tensors.get(name).cloned().ok_or_else(|| Error::TensorMissing { name: name.into(), layout: weights.layout })
+    })
 }
 
 impl Model {
-    /// Builds from parsed weights.
+    /// Builds from parsed weights; computes in f32.
     pub fn new(weights: Weights) -> Result<Self> {
         weights.spec.validate()?;
-        let net = MobileNetV2::new(weights.spec.padding, |name| {
-            weights.tensors.get(name).cloned().ok_or_else(|| Error::TensorMissing { name: name.into(), layout: weights.layout })
-        })?;
+        let plan = network(&weights)?.plan(Precision::F32)?;
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);
         for (name, tensor) in &weights.tensors {
@@ -59,7 +65,16 @@ impl Model {
         }
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
-        Ok(Self { weights, identity, plan: net.plan()? })
+        Ok(Self { weights, identity, plan, precision: Precision::F32 })
+    }
+
+    /// The same model, whose network computes in `precision`. Its identity stays: descriptors of both compare.
+    pub fn with_precision(mut self, precision: Precision) -> Result<Self> {
+        if precision != self.precision {
+            self.plan = network(&self.weights)?.plan(precision)?;
+            self.precision = precision;
+        }
+        Ok(self)
     }
 
     /// Parses a weight file of any layout that [`Weights::parse`] knows.
@@ -72,6 +87,11 @@ impl Model {
         Self::from_bytes(SHIPPED)
     }
 
+    /// What its network computes in.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// Preprocessing, pooling and provenance.
     pub fn spec(&self) -> &ModelSpec {
         &self.weights.spec
@@ -81,7 +101,7 @@ impl Model {
     pub fn preprocessing(&self) -> String {
         let s = self.spec();
         serde_json::json!({
-            "input": [s.input_width, s.input_height], "mean": s.mean, "std": s.std, "padding": s.padding, "pooling": s.pooling, "tap_norm": s.tap_norm,
+            "input": [s.input_width, s.input_height], "mean": s.mean, "std": s.std, "padding": s.padding, "pooling": s.pooling, "tap_norm": s.tap_norm, "compute": self.precision.to_string(),
         })
         .to_string()
     }
@@ -143,6 +163,10 @@ impl Model {
     }
 
     fn describe_planes(&self, image: &[f32], height: usize, width: usize) -> Result<Descriptor> {
+        // A code is always a number: what is none must not become one.
+        if self.precision == Precision::Int8 && !image.iter().all(|v| v.is_finite()) {
+            return Err(Error::image("a value of the image is not a number"));
+        }
         let norm = |v: &[f32]| (v.iter().map(|x| x * x).sum::<f32>() + 1e-12).sqrt();
         let mut pooled = self.plan.pooled(image, height, width, self.spec().pooling);
         if self.spec().tap_norm {

@@ -186,3 +186,23 @@ proptest! {
         let _ = Weights::parse(&bytes);
     }
 }
+
+/// The shipped model in 8 bits: the same descriptor but for rounding, whatever the number of threads, and the same identity.
+#[test]
+fn int8_describes_as_f32_does() {
+    let (full, coarse) = (Model::shipped().unwrap(), Model::shipped().unwrap().with_precision(Precision::Int8).unwrap());
+    assert_eq!(full.identity(), coarse.identity());
+    for seed in 0..4u64 {
+        let smooth = |x: f32, y: f32, c: f32| 127.0 + 120.0 * ((x * (0.02 + 0.01 * seed as f32) + c).sin() * (y * 0.03 - c).cos());
+        let data = (0..320 * 240).flat_map(|p| [0.0, 1.0, 2.0].map(|c| smooth((p % 320) as f32, (p / 320) as f32, c) as u8)).collect();
+        let image = RgbImage::new(320, 240, data).unwrap();
+        let (a, b) = (full.describe(&image).unwrap(), coarse.describe(&image).unwrap());
+        let cosine = crate::map::dot(a.as_slice(), b.as_slice());
+        assert!(cosine > 0.99, "{cosine}");
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert_eq!(pool.install(|| coarse.describe(&image)).unwrap().as_slice(), b.as_slice());
+    }
+    let (h, w) = (full.spec().input_height, full.spec().input_width);
+    let nan = Tensor::full(f32::NAN, (1, 3, h, w), &Device::Cpu).unwrap();
+    assert!(coarse.describe_tensor(&nan).unwrap_err().to_string().contains("not a number"));
+}

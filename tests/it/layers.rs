@@ -75,6 +75,7 @@ fn unsafe_lives_in_kernels_only() {
             "simd.rs",
             "map/codes.rs",
             "map/dot.rs",
+            "kernels/int8.rs",
             "kernels/winograd.rs",
             "kernels/direct.rs",
             "kernels/vector.rs",

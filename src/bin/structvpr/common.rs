@@ -9,19 +9,28 @@ use structvpr::dataset::Sample;
 use structvpr::descriptor::Descriptor;
 use structvpr::error::{read_file, write_file};
 use structvpr::image::RgbImage;
-use structvpr::model::Model;
+use structvpr::model::{Model, Precision};
 use structvpr::rerank::Reranker;
 
 /// Loads `path`, or the shipped model, whose name is then printed.
-pub fn load_model(path: Option<&Path>) -> Result<Model> {
-    match path {
-        Some(path) => Ok(Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?),
+pub fn load_model(path: Option<&Path>, precision: Precision) -> Result<Model> {
+    let model = match path {
+        Some(path) => Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?,
         None => {
             let model = Model::shipped().context("the shipped model")?;
             eprintln!("model: {} (shipped; choose another with --model)", model.identity().name);
-            Ok(model)
+            model
         }
-    }
+    };
+    Ok(model.with_precision(precision)?)
+}
+
+/// What a model computes in, as several commands take it.
+#[derive(clap::Args, Clone, Copy)]
+pub struct ComputeArg {
+    /// What the network computes in: f32, or int8, which is faster where the processor has VNNI; descriptors of both compare.
+    #[arg(long, default_value = "f32", value_name = "f32|int8")]
+    pub compute: Precision,
 }
 
 /// The second stage, as several commands take it.

@@ -15,6 +15,8 @@ pub struct Args {
     /// shipped model. May be given several times.
     #[arg(long = "method", required = true)]
     methods: Vec<String>,
+    #[command(flatten)]
+    compute: common::ComputeArg,
     /// Print JSON instead of the table.
     #[arg(long)]
     json: bool,
@@ -30,7 +32,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         let (q, r) = if is_descriptors {
             common::read_descriptor_pair(source).with_context(|| format!("method {name}"))?
         } else {
-            let model = common::load_model(Some(source).filter(|s| !s.is_empty()).map(Path::new))?;
+            let model = common::load_model(Some(source).filter(|s| !s.is_empty()).map(Path::new), args.compute.compute)?;
             (common::describe_all(&model, &data.queries, "queries")?, common::describe_all(&model, &data.references, "references")?)
         };
         rows.push((name.to_string(), eval::score(&data, &q, &r).with_context(|| format!("method {name}"))?));

@@ -17,6 +17,8 @@ pub struct Args {
     /// Weight file; the shipped model if none is given.
     #[arg(long)]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    compute: common::ComputeArg,
     /// Where to write: array `descriptors` (N x 448, f32); names and stamps go to OUT with .csv.
     #[arg(long)]
     out: PathBuf,
@@ -26,7 +28,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
-    let model = common::load_model(args.model.as_deref())?;
+    let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
     let sequence = replay::open(&args.input, &SourceOptions { topic: args.topic.clone(), ..SourceOptions::default() })?;
     let bar = common::progress(sequence.len_hint(), "images");
     let (mut descriptors, mut table, mut failed) = (Vec::new(), csv::Writer::from_writer(Vec::new()), 0usize);

@@ -24,6 +24,8 @@ pub struct Args {
     /// Weight file; the shipped model if none is given.
     #[arg(long, conflicts_with = "descriptors")]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    compute: common::ComputeArg,
     /// Score these descriptors instead of a model's: QUERY.npy:REFERENCE.npy or one .npz.
     #[arg(long)]
     descriptors: Option<String>,
@@ -98,7 +100,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             (q, r, None)
         }
         None => {
-            let model = common::load_model(args.model.as_deref())?;
+            let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
             let q = common::describe_all(&model, &dataset.queries, "queries")?;
             let r = common::describe_all(&model, &dataset.references, "references")?;
             (q, r, Some(model))

@@ -29,6 +29,8 @@ pub struct RunArgs {
     /// Weight file; the shipped model if none is given.
     #[arg(long)]
     model: Option<PathBuf>,
+    #[command(flatten)]
+    compute: common::ComputeArg,
     /// Settings (YAML, as config/structvpr.yaml).
     #[arg(long)]
     config: Option<PathBuf>,
@@ -145,7 +147,7 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
         }
         None => None,
     };
-    let model = common::load_model(args.model.as_deref())?;
+    let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
     let (mut store, map) = match &args.map {
         Some(path) => {
             let opened = Store::open(path, model.identity(), &model.preprocessing(), f64::from(DURABLE_S))?;

@@ -6,6 +6,7 @@
 mod bias_act;
 mod depthwise;
 mod direct;
+mod int8;
 mod plan;
 mod pointwise;
 mod rows;
@@ -15,7 +16,7 @@ mod winograd;
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
-pub use plan::{Plan, PlanBlock};
+pub use plan::{Plan, PlanBlock, Precision};
 pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};

@@ -9,6 +9,7 @@
 //! done, and computes it; so one wake-up serves a whole image, and no number of threads can wait for each other, for a
 //! strip waits only for earlier ones, which are done or in some thread's hands.
 
+use super::int8::{encode, panel8, Codes, Packed8};
 use super::pointwise::{padded, panel, Packed, Pixels};
 use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
 use super::vector::Vector;
@@ -35,11 +36,65 @@ pub struct PlanBlock<'a> {
     pub tap: bool,
 }
 
+/// What the 1x1 convolutions compute in; they are nine tenths of the arithmetic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// 32-bit floating point.
+    #[default]
+    F32,
+    /// 8-bit weights and values, exact sums: for processors with VNNI, and for AVX2.
+    Int8,
+}
+
+impl std::str::FromStr for Precision {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "int8" => Ok(Self::Int8),
+            other => Err(format!("`{other}` is no precision; there are f32 and int8")),
+        }
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Int8 => "int8",
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Pointwise {
+    F32(Packed),
+    Int8(Packed8),
+}
+
+impl Pointwise {
+    /// Padded.
+    fn inputs(&self) -> usize {
+        match self {
+            Self::F32(p) => padded(p.inputs),
+            Self::Int8(p) => p.inputs,
+        }
+    }
+
+    fn outputs(&self) -> usize {
+        match self {
+            Self::F32(p) => p.outputs,
+            Self::Int8(p) => p.outputs,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Block {
-    expand: Option<Packed>,
+    expand: Option<Pointwise>,
     depthwise: Depthwise,
-    project: Packed,
+    project: Pointwise,
     /// Channels of the output without padding.
     outputs: usize,
     stride: usize,
@@ -51,6 +106,7 @@ struct Block {
 #[derive(Debug)]
 pub struct Plan {
     isa: Isa,
+    precision: Precision,
     stem: Stem,
     blocks: Vec<Block>,
     pads: fn(usize, usize, usize) -> Pad,
@@ -68,22 +124,32 @@ const GROUP: usize = 80;
 impl Plan {
     /// From the stem's weight (32 x 27) and bias, and the blocks. `pads` gives the border of a 3x3 at height, width and
     /// stride; at most one row and column at the top and left.
-    pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), stem, blocks, pads)
+    pub fn new(precision: Precision, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        Self::on(Isa::detect(), precision, stem, blocks, pads)
     }
 
-    fn on(isa: Isa, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        let pack = |(weight, bias): (&[f32], &[f32])| Packed::new(weight, bias, weight.len() / bias.len().max(1), isa);
+    fn on(isa: Isa, precision: Precision, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        let int8 = precision == Precision::Int8;
+        // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
+        let isa = if int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
+        let pack = |(weight, bias): (&[f32], &[f32]), signed| {
+            let inputs = weight.len() / bias.len().max(1);
+            if int8 {
+                Pointwise::Int8(Packed8::new(weight, bias, inputs, signed, isa))
+            } else {
+                Pointwise::F32(Packed::new(weight, bias, inputs, isa))
+            }
+        };
         let block = |b: &PlanBlock| Block {
-            expand: b.expand.map(pack),
+            expand: b.expand.map(|e| pack(e, true)),
             depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1),
-            project: pack(b.project),
+            project: pack(b.project, false),
             outputs: b.project.1.len(),
             stride: b.stride,
             residual: b.residual,
             tap: b.tap,
         };
-        Self { isa, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
+        Self { isa, precision, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
     }
 
     /// Of every tap the pooled channels, one tap after the other. `image`: three planes of `height` x `width`.
@@ -140,15 +206,23 @@ impl Plan {
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
             failed: AtomicBool::new(false),
         };
-        let work = |scratch: &mut [f32]| match self.isa {
+        let work = |scratch: &mut [f32]| match (self.isa, self.precision) {
             // SAFETY: the plan was packed for what `Isa::detect` found on this processor, or for less.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { work_avx512(&shared, scratch) },
+            (Isa::Avx512, Precision::F32) => unsafe { work_avx512(&shared, scratch) },
+            // SAFETY: as above; a plan in 8 bits is packed for AVX-512 only where VNNI is.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, Precision::Int8) => unsafe { work_vnni(&shared, scratch) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { work_avx2(&shared, scratch) },
+            (Isa::Avx2, Precision::F32) => unsafe { work_avx2::<false>(&shared, scratch) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, Precision::Int8) => unsafe { work_avx2::<true>(&shared, scratch) },
             // SAFETY: plain arrays need no instruction set.
-            _ => unsafe { work::<[f32; 4]>(&shared, scratch) },
+            (_, Precision::F32) => unsafe { work::<[f32; 4], false>(&shared, scratch) },
+            // SAFETY: as above.
+            (_, Precision::Int8) => unsafe { work::<[f32; 4], true>(&shared, scratch) },
         };
         match scratch.as_mut_slice() {
             [] => {}
@@ -269,6 +343,56 @@ struct Layout {
     zeros: usize,
 }
 
+/// Values of scratch that the codes of `pixels` pixels of a convolution's input take, with their steps.
+fn codes(op: Option<&Pointwise>, pixels: usize) -> usize {
+    match op {
+        Some(Pointwise::Int8(packed)) => pixels * (packed.inputs / 4 + 1),
+        _ => 0,
+    }
+}
+
+/// Rows of the longest strip.
+fn strip_rows(rows: usize, threads: usize) -> usize {
+    strips(rows, threads).iter().map(Range::len).max().unwrap_or(0)
+}
+
+/// Scratch as bytes.
+fn as_bytes(values: &mut [f32]) -> &mut [u8] {
+    // SAFETY: the same memory; bytes need no alignment, and whatever they hold is a value again.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
+}
+
+/// Expands pixels, which lie channels by channels, into `out`. `scratch` has room for what [`codes`] says.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+unsafe fn widen<V: Vector, const INT8: bool>(op: &Pointwise, x: &[f32], scratch: &mut [f32], out: &mut [f32]) {
+    let pixels = out.len() / op.outputs();
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (op, INT8) {
+            (Pointwise::F32(packed), false) => {
+                let x = Pixels { data: x, stride: op.inputs() };
+                for p in 0..packed.panels() {
+                    panel::<V>(packed, p, pixels, x, None, Activation::Relu6, out);
+                }
+            }
+            (Pointwise::Int8(packed), true) => {
+                let (steps, codes) = scratch.split_at_mut(pixels);
+                let codes = &mut as_bytes(codes)[..pixels * packed.inputs];
+                encode::<V, true>(&x[..pixels * packed.inputs], &packed.scales, codes, steps);
+                for p in 0..packed.panels() {
+                    panel8::<V>(packed, p, pixels, Codes { codes, steps }, None, Activation::Relu6, out);
+                }
+            }
+            // No plan mixes them.
+            _ => {}
+        }
+    }
+}
+
 fn strips(rows: usize, threads: usize) -> Vec<Range<usize>> {
     // More strips than threads even out what else the machine does; each costs two rows.
     let n = if threads == 1 {
@@ -304,15 +428,11 @@ impl Layout {
             let hidden = block.depthwise.channels;
             let pad = (plan.pads)(h, w, block.stride);
             let (oh, ow) = pad.output(h, w, block.stride).unwrap_or((0, 0));
-            let len = oh * ow * block.project.outputs;
+            let outputs = block.project.outputs();
+            let len = oh * ow * outputs;
             let output = if block.tap {
                 out.buffers.push(len);
-                out.taps.push(Tap {
-                    buffer: out.buffers.len() - 1,
-                    pixels: oh * ow,
-                    channels: block.outputs,
-                    stride: block.project.outputs,
-                });
+                out.taps.push(Tap { buffer: out.buffers.len() - 1, pixels: oh * ow, channels: block.outputs, stride: outputs });
                 out.buffers.len() - 1
             } else {
                 let turn = at % 3;
@@ -334,14 +454,16 @@ impl Layout {
                 strips: strips(out_height, threads),
                 step,
             };
+            let narrowed = step * ow * hidden + codes(Some(&block.project), step * ow);
             if whole {
                 out.buffers[3 + at % 2] = out.buffers[3 + at % 2].max(h * w * hidden);
                 out.stages.push(stage(Work::Expand, h, w));
                 out.stages.push(stage(Work::Reduce, oh, ow));
-                out.scratch = out.scratch.max(step * ow * hidden);
+                out.scratch = out.scratch.max(narrowed).max(codes(block.expand.as_ref(), strip_rows(h, threads) * w));
             } else {
+                let slots = (step - 1) * block.stride + 3;
                 out.stages.push(stage(Work::Fused, oh, ow));
-                out.scratch = out.scratch.max(((step - 1) * block.stride + 3) * w * hidden + step * ow * hidden);
+                out.scratch = out.scratch.max(slots * w * hidden + narrowed.max(codes(block.expand.as_ref(), w)));
             }
             out.zeros = out.zeros.max(w * hidden);
             (h, w, input) = (oh, ow, Some(output));
@@ -469,18 +591,33 @@ impl Drop for Watch<'_> {
     }
 }
 
+/// Whether this processor sums 8-bit products.
+fn vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512vnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
+unsafe fn work_vnni(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { work::<std::arch::x86_64::__m512, true>(shared, scratch) }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn work_avx512(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m512>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m512, false>(shared, scratch) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn work_avx2(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_avx2<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m256>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m256, INT8>(shared, scratch) }
 }
 
 /// Takes strips until there are none.
@@ -489,7 +626,7 @@ unsafe fn work_avx2(shared: &Shared, scratch: &mut [f32]) {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn work<V: Vector>(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work<V: Vector, const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
     let _watch = Watch(&shared.failed);
     loop {
         let task = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -503,9 +640,9 @@ unsafe fn work<V: Vector>(shared: &Shared, scratch: &mut [f32]) {
         // nobody reads what is written, and each strip writes its own rows.
         unsafe {
             match now.work {
-                Work::Fused => fused::<V>(shared, now, rows, scratch),
-                Work::Expand => expand::<V>(shared, now, rows),
-                Work::Reduce => reduce::<V>(shared, now, rows, scratch),
+                Work::Fused => fused::<V, INT8>(shared, now, rows, scratch),
+                Work::Expand => expand::<V, INT8>(shared, now, rows, scratch),
+                Work::Reduce => reduce::<V, INT8>(shared, now, rows, scratch),
             }
         }
         shared.finished[task].store(true, Ordering::Release);
@@ -517,17 +654,14 @@ unsafe fn work<V: Vector>(shared: &Shared, scratch: &mut [f32]) {
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn expand<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>) {
+unsafe fn expand<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
-    let (Some(packed), Some(input)) = (&block.expand, stage.input) else { return };
-    let channels = padded(packed.inputs);
+    let (Some(op), Some(input)) = (&block.expand, stage.input) else { return };
     // SAFETY: the caller's promise.
     unsafe {
-        let x = Pixels { data: shared.rows(input, stage.width * channels, rows), stride: channels };
-        let out = shared.rows_mut(stage.hidden, stage.width * packed.outputs, rows);
-        for p in 0..packed.panels() {
-            panel::<V>(packed, p, rows.len() * stage.width, x, None, Activation::Relu6, out);
-        }
+        let x = shared.rows(input, stage.width * op.inputs(), rows);
+        let out = shared.rows_mut(stage.hidden, stage.width * op.outputs(), rows);
+        widen::<V, INT8>(op, x, scratch, out);
     }
 }
 
@@ -535,7 +669,7 @@ unsafe fn expand<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>)
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn reduce<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn reduce<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
     let row = stage.width * block.depthwise.channels;
     let read = stage.reads(block.stride, rows);
@@ -546,7 +680,7 @@ unsafe fn reduce<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>,
         let mut from = rows.start;
         while from < rows.end {
             let to = (from + stage.step).min(rows.end);
-            narrow::<V>(shared, stage, block, from..to, &of, scratch);
+            narrow::<V, INT8>(shared, stage, block, from..to, &of, scratch);
             from = to;
         }
     }
@@ -556,7 +690,7 @@ unsafe fn reduce<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>,
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn fused<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
     let row = stage.width * block.depthwise.channels;
     let slots = (stage.step - 1) * block.stride + 3;
@@ -570,13 +704,19 @@ unsafe fn fused<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, 
         // SAFETY: the caller's promise.
         unsafe {
             match (&block.expand, stage.input) {
-                (Some(packed), Some(input)) => {
-                    let channels = padded(packed.inputs);
+                (Some(op @ Pointwise::F32(packed)), Some(input)) if !INT8 => {
+                    // One panel's weights for all rows.
                     for p in 0..packed.panels() {
                         for y in next..need {
-                            let x = Pixels { data: shared.rows(input, stage.width * channels, &(y..y + 1)), stride: channels };
+                            let x = Pixels { data: shared.rows(input, stage.width * op.inputs(), &(y..y + 1)), stride: op.inputs() };
                             panel::<V>(packed, p, stage.width, x, None, Activation::Relu6, &mut ring[y % slots * row..][..row]);
                         }
+                    }
+                }
+                (Some(op), Some(input)) => {
+                    for y in next..need {
+                        let x = shared.rows(input, stage.width * op.inputs(), &(y..y + 1));
+                        widen::<V, INT8>(op, x, scratch, &mut ring[y % slots * row..][..row]);
                     }
                 }
                 _ => {
@@ -587,7 +727,7 @@ unsafe fn fused<V: Vector>(shared: &Shared, stage: &Stage, rows: &Range<usize>, 
             }
             next = next.max(need);
             let of = |y: usize| &ring[y % slots * row..][..row];
-            narrow::<V>(shared, stage, block, from..to, &of, scratch);
+            narrow::<V, INT8>(shared, stage, block, from..to, &of, scratch);
         }
         from = to;
     }
@@ -620,7 +760,7 @@ unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, out: &mut [f
 ///
 /// As [`work`], and the rows are of the caller's strip.
 #[inline(always)]
-unsafe fn narrow<'a, V: Vector>(
+unsafe fn narrow<'a, V: Vector, const INT8: bool>(
     shared: &'a Shared,
     stage: &Stage,
     block: &Block,
@@ -628,11 +768,57 @@ unsafe fn narrow<'a, V: Vector>(
     of: &dyn Fn(usize) -> &'a [f32],
     scratch: &mut [f32],
 ) {
+    let (channels, width) = (block.project.outputs(), stage.out_width);
+    let (pixels, hidden) = (rows.len() * width, block.depthwise.channels);
+    // SAFETY: the caller's promise; the input's rows are read, the output's written by this strip alone.
+    unsafe {
+        let residual = match stage.input {
+            Some(input) if block.residual => Some(shared.rows(input, width * channels, &rows)),
+            _ => None,
+        };
+        let out = shared.rows_mut(stage.output, width * channels, &rows);
+        let (x, rest) = scratch.split_at_mut(pixels * hidden);
+        deepen::<V>(shared, stage, block, rows, of, x);
+        match (&block.project, INT8) {
+            (Pointwise::F32(packed), false) => {
+                let residual = residual.map(|data| Pixels { data, stride: channels });
+                for p in 0..packed.panels() {
+                    panel::<V>(packed, p, pixels, Pixels { data: x, stride: hidden }, residual, Activation::None, out);
+                }
+            }
+            (Pointwise::Int8(packed), true) => {
+                let (steps, codes) = rest.split_at_mut(pixels);
+                let codes = &mut as_bytes(codes)[..pixels * hidden];
+                encode::<V, false>(x, &packed.scales, codes, steps);
+                for p in 0..packed.panels() {
+                    panel8::<V>(packed, p, pixels, Codes { codes, steps }, residual, Activation::None, out);
+                }
+            }
+            // No plan mixes them.
+            _ => {}
+        }
+    }
+}
+
+/// Depthwise convolution of output rows into `out`.
+///
+/// # Safety
+///
+/// As [`narrow`].
+#[inline(always)]
+unsafe fn deepen<'a, V: Vector>(
+    shared: &'a Shared,
+    stage: &Stage,
+    block: &Block,
+    rows: Range<usize>,
+    of: &dyn Fn(usize) -> &'a [f32],
+    out: &mut [f32],
+) {
     let hidden = block.depthwise.channels;
     let width = stage.out_width;
     let row = stage.width * hidden;
     let mut y = rows.start;
-    for out in scratch[..rows.len() * width * hidden].chunks_mut(TOGETHER * width * hidden) {
+    for out in out.chunks_mut(TOGETHER * width * hidden) {
         let of = |k: usize| {
             let at = (y * block.stride + k).wrapping_sub(stage.pad.top);
             if at < stage.height {
@@ -648,19 +834,6 @@ unsafe fn narrow<'a, V: Vector>(
         // SAFETY: the caller's promise.
         unsafe { depthwise_rows::<V>(&block.depthwise, block.stride, stage.pad.left, stage.width, seen, width, out) };
         y += together;
-    }
-    let channels = block.project.outputs;
-    // SAFETY: the caller's promise; the input's rows are read, the output's written by this strip alone.
-    unsafe {
-        let residual = match stage.input {
-            Some(input) if block.residual => Some(Pixels { data: shared.rows(input, width * channels, &rows), stride: channels }),
-            _ => None,
-        };
-        let out = shared.rows_mut(stage.output, width * channels, &rows);
-        let x = Pixels { data: &scratch[..rows.len() * width * hidden], stride: hidden };
-        for p in 0..block.project.panels() {
-            panel::<V>(&block.project, p, rows.len() * width, x, residual, Activation::None, out);
-        }
     }
 }
 
@@ -771,6 +944,10 @@ mod tests {
         }
 
         fn plan(&self, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+            self.plan_in(Precision::F32, isa, pads)
+        }
+
+        fn plan_in(&self, precision: Precision, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
@@ -785,7 +962,7 @@ mod tests {
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
                 });
             }
-            Plan::on(isa, slices(&self.stem), &blocks, pads)
+            Plan::on(isa, precision, slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
@@ -854,6 +1031,42 @@ mod tests {
                     let again = on_threads(threads, || [plan.taps(&image, h, w), plan.taps(&image, h, w)]);
                     prop_assert!(again.iter().all(|a| *a == got), "{isa:?} on {threads} threads");
                 }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// In 8 bits near the definition (noise of 8 bits in each of the few layers), the same on every number of threads, and
+        /// on every instruction set but for the rounding of the depthwise convolutions between them.
+        #[test]
+        fn int8_is_near_the_definition(
+            seed in 0u64..1000,
+            h in 3usize..70, w in 3usize..70,
+            shape in prop::collection::vec((1usize..70, 1usize..70, 1usize..3), 1..4),
+            tf: bool,
+        ) {
+            let pads = if tf { same } else { one };
+            let net = Net::new(seed, &shape);
+            let image = noise(seed + 7, 3 * h * w, 1.0);
+            let want = net.taps(&image, h, w, pads);
+            let mut first: Option<Vec<Vec<f32>>> = None;
+            for isa in Isa::available() {
+                let plan = net.plan_in(Precision::Int8, isa, pads);
+                let got = on_threads(1, || plan.taps(&image, h, w));
+                for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+                    prop_assert_eq!(got.len(), want.data.len());
+                    let error = |other: &dyn Fn(usize) -> f64| got.iter().enumerate().map(|(i, a)| (f64::from(*a) - other(i)).powi(2)).sum::<f64>().sqrt();
+                    let length = want.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+                    prop_assert!(error(&|i| want.data[i]) < 0.05 * length + 0.05, "{isa:?}: {} of {length}", error(&|i| want.data[i]));
+                    if let Some(first) = &first {
+                        prop_assert!(error(&|i| f64::from(first[at][i])) < 0.02 * length + 0.02, "{isa:?}");
+                    }
+                }
+                for threads in [2, 3] {
+                    prop_assert!(on_threads(threads, || plan.taps(&image, h, w)) == got, "{isa:?} on {threads} threads");
+                }
+                first.get_or_insert(got);
             }
         }
     }

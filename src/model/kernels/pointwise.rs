@@ -14,10 +14,32 @@ pub(super) fn padded(channels: usize) -> usize {
 
 /// Units that one pass over the pixels produces, and where their weights begin.
 #[derive(Clone, Copy, Debug)]
-struct Panel {
-    unit: usize,
-    units: usize,
-    weights: usize,
+pub(super) struct Panel {
+    pub unit: usize,
+    pub units: usize,
+    pub weights: usize,
+}
+
+impl Panel {
+    /// Cuts `units` units into panels for `inputs` input channels; also how many weights there are.
+    pub fn of(units: usize, inputs: usize, isa: Isa) -> (Vec<Self>, usize) {
+        let mut panels = Vec::new();
+        let (mut unit, mut at) = (0, 0);
+        while unit < units {
+            let left = units - unit;
+            // Three by eight pixels fill AVX-512's registers best; four by six are next.
+            let of = match (isa, left) {
+                (Isa::Avx512, 1 | 2) => left,
+                (Isa::Avx512, _) if left == 4 || left.is_multiple_of(4) && !left.is_multiple_of(3) => 4,
+                (Isa::Avx512, _) => 3,
+                _ => 1,
+            };
+            panels.push(Self { unit, units: of, weights: at });
+            at += inputs * of * UNIT;
+            unit += of;
+        }
+        (panels, at)
+    }
 }
 
 /// Weights of a 1x1 convolution, packed for one instruction set.
@@ -36,21 +58,7 @@ impl Packed {
     /// From `weights`, O x I, and `bias`, O.
     pub fn new(weights: &[f32], bias: &[f32], inputs: usize, isa: Isa) -> Self {
         let units = bias.len().div_ceil(UNIT);
-        let mut panels = Vec::new();
-        let (mut unit, mut at) = (0, 0);
-        while unit < units {
-            let left = units - unit;
-            // Three by eight pixels fill AVX-512's registers best; four by six are next.
-            let of = match (isa, left) {
-                (Isa::Avx512, 1 | 2) => left,
-                (Isa::Avx512, _) if left == 4 || left.is_multiple_of(4) && !left.is_multiple_of(3) => 4,
-                (Isa::Avx512, _) => 3,
-                _ => 1,
-            };
-            panels.push(Panel { unit, units: of, weights: at });
-            at += inputs * of * UNIT;
-            unit += of;
-        }
+        let (panels, at) = Panel::of(units, inputs, isa);
         let mut packed = vec![0f32; at];
         for p in &panels {
             for i in 0..inputs {

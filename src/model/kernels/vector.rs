@@ -8,6 +8,12 @@
 /// (else each call stays a call). Pointers are read or written for `LANES` values and need no alignment.
 pub(super) trait Vector: Copy {
     const LANES: usize;
+    /// `LANES` sums of 32 bits.
+    type Sums: Copy;
+    /// Four codes, for each lane the same.
+    type Four: Copy;
+    /// Four weights for each lane.
+    type Weights8: Copy;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -20,6 +26,18 @@ pub(super) trait Vector: Copy {
     unsafe fn at_least(self, low: Self) -> Self;
     /// `self`, at most `high`; NaN stays.
     unsafe fn at_most(self, high: Self) -> Self;
+    /// Without the sign.
+    unsafe fn magnitude(self) -> Self;
+    /// The highest of the lanes, none of which is NaN.
+    unsafe fn highest(self) -> f32;
+    /// Values of 0 and more, to the nearest and at most 255, as `LANES` bytes.
+    unsafe fn store_u8(self, to: *mut u8);
+    unsafe fn sums(from: *const i32) -> Self::Sums;
+    unsafe fn four(from: *const u8) -> Self::Four;
+    unsafe fn weights8(from: *const i8) -> Self::Weights8;
+    /// `sum` plus each lane's four products; exact.
+    unsafe fn dot(sum: Self::Sums, x: Self::Four, w: Self::Weights8) -> Self::Sums;
+    unsafe fn of_sums(sums: Self::Sums) -> Self;
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -41,7 +59,7 @@ mod x86 {
     }
 
     macro_rules! vector {
-        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident, $max:ident, $min:ident, $keep:ident) => {
+        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident, $max:ident, $min:ident, $keep:ident, { $($more:tt)* }) => {
             impl Vector for $type {
                 const LANES: usize = $lanes;
                 #[inline(always)]
@@ -85,10 +103,11 @@ mod x86 {
                     // SAFETY: the trait's contract.
                     unsafe { $min(high, self) }
                 }
+                $($more)*
             }
         };
     }
-    vector!(
+    vector! {
         __m512,
         16,
         _mm512_set1_ps,
@@ -98,9 +117,54 @@ mod x86 {
         _mm512_fmadd_ps,
         _mm512_max_ps,
         _mm512_min_ps,
-        keep512
-    );
-    vector!(
+        keep512, {
+        type Sums = __m512i;
+        type Four = __m512i;
+        type Weights8 = __m512i;
+        #[inline(always)]
+        unsafe fn magnitude(self) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_abs_ps(self) }
+        }
+        #[inline(always)]
+        unsafe fn highest(self) -> f32 {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_reduce_max_ps(self) }
+        }
+        #[inline(always)]
+        unsafe fn store_u8(self, to: *mut u8) {
+            // SAFETY: the trait's contract.
+            unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(self))) }
+        }
+        #[inline(always)]
+        unsafe fn sums(from: *const i32) -> __m512i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn four(from: *const u8) -> __m512i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+        #[inline(always)]
+        unsafe fn weights8(from: *const i8) -> __m512i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        /// Needs VNNI.
+        #[inline(always)]
+        unsafe fn dot(sum: __m512i, x: __m512i, w: __m512i) -> __m512i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_dpbusd_epi32(sum, x, w) }
+        }
+        #[inline(always)]
+        unsafe fn of_sums(sums: __m512i) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_cvtepi32_ps(sums) }
+        }
+        }
+    }
+    vector! {
         __m256,
         8,
         _mm256_set1_ps,
@@ -110,8 +174,67 @@ mod x86 {
         _mm256_fmadd_ps,
         _mm256_max_ps,
         _mm256_min_ps,
-        keep256
-    );
+        keep256, {
+        type Sums = __m256i;
+        // Codes and weights of even and of odd places, widened to 16 bits: the product of 8-bit numbers saturates.
+        type Four = [__m256i; 2];
+        type Weights8 = [__m256i; 2];
+        #[inline(always)]
+        unsafe fn magnitude(self) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), self) }
+        }
+        #[inline(always)]
+        unsafe fn highest(self) -> f32 {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let half = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
+                let pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_u8(self, to: *mut u8) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let codes = _mm256_cvtps_epi32(_mm256_min_ps(self, _mm256_set1_ps(255.0)));
+                let codes = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
+                _mm_storel_epi64(to.cast(), _mm_packus_epi16(codes, codes));
+            }
+        }
+        #[inline(always)]
+        unsafe fn sums(from: *const i32) -> __m256i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm256_loadu_si256(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn four(from: *const u8) -> [__m256i; 2] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let x = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                [_mm256_and_si256(x, _mm256_set1_epi16(255)), _mm256_srli_epi16::<8>(x)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn weights8(from: *const i8) -> [__m256i; 2] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let w = _mm256_loadu_si256(from.cast());
+                [_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(w)), _mm256_srai_epi16::<8>(w)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot(sum: __m256i, x: [__m256i; 2], w: [__m256i; 2]) -> __m256i {
+            // SAFETY: the trait's contract.
+            unsafe { _mm256_add_epi32(_mm256_add_epi32(sum, _mm256_madd_epi16(x[0], w[0])), _mm256_madd_epi16(x[1], w[1])) }
+        }
+        #[inline(always)]
+        unsafe fn of_sums(sums: __m256i) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm256_cvtepi32_ps(sums) }
+        }
+        }
+    }
 }
 
 /// Four values in a form that every compiler vectorises: SSE2, NEON.
@@ -150,5 +273,44 @@ impl Vector for [f32; 4] {
     #[inline(always)]
     unsafe fn at_most(self, high: Self) -> Self {
         std::array::from_fn(|l| if self[l] > high[l] { high[l] } else { self[l] })
+    }
+    type Sums = [i32; 4];
+    type Four = [u8; 4];
+    type Weights8 = [i8; 16];
+    #[inline(always)]
+    unsafe fn magnitude(self) -> Self {
+        self.map(f32::abs)
+    }
+    #[inline(always)]
+    unsafe fn highest(self) -> f32 {
+        self.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8) {
+        // SAFETY: the trait's contract: four bytes may be written.
+        unsafe { to.cast::<[u8; 4]>().write_unaligned(self.map(|v| v.round_ties_even() as u8)) }
+    }
+    #[inline(always)]
+    unsafe fn sums(from: *const i32) -> [i32; 4] {
+        // SAFETY: the trait's contract: four values are there.
+        unsafe { from.cast::<[i32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn four(from: *const u8) -> [u8; 4] {
+        // SAFETY: the trait's contract: four codes are there.
+        unsafe { from.cast::<[u8; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn weights8(from: *const i8) -> [i8; 16] {
+        // SAFETY: the trait's contract: four weights for each lane are there.
+        unsafe { from.cast::<[i8; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: [i32; 4], x: [u8; 4], w: [i8; 16]) -> [i32; 4] {
+        std::array::from_fn(|l| sum[l] + (0..4).map(|i| i32::from(x[i]) * i32::from(w[4 * l + i])).sum::<i32>())
+    }
+    #[inline(always)]
+    unsafe fn of_sums(sums: [i32; 4]) -> Self {
+        sums.map(|s| s as f32)
     }
 }

@@ -1,0 +1,383 @@
+//! 1x1 convolution on 8-bit numbers: sums of products are exact integers, the same on every instruction set; what is lost is lost
+//! in rounding weights (each output channel has its own step) and values.
+//!
+//! Values get their step from the pixel's largest, so that nothing has to be known about images beforehand. Weights of one output
+//! channel span orders of magnitude, for some input channels are hardly ever active: half of that, on a logarithmic scale, is handed
+//! to the values (the square root of a channel's largest weight; SmoothQuant's balance, <https://arxiv.org/abs/2211.10438>). On
+//! photographs the descriptor's cosine to f32's is 0.998 so, and 0.967 without [ours].
+
+use super::pointwise::{activate, padded, Panel, UNIT};
+use super::vector::Vector;
+use super::{Activation, Isa};
+
+/// Codes that one product takes: what an instruction sums up.
+pub(super) const FOUR: usize = 4;
+/// The code of zero where values have a sign.
+const ZERO: i32 = 128;
+
+/// Weights of a 1x1 convolution in 8 bits.
+#[derive(Debug)]
+pub(super) struct Packed8 {
+    /// Padded to whole units; padding is zero.
+    pub inputs: usize,
+    /// Padded likewise.
+    pub outputs: usize,
+    panels: Vec<Panel>,
+    /// Panel by panel: four input channels, output channel of the panel, each of the four.
+    weights: Vec<i8>,
+    /// Of every output channel: value of the weights' code 1.
+    steps: Vec<f32>,
+    bias: Vec<f32>,
+    /// Of every input channel: what its values are multiplied by before they are rounded, and its weights divided by.
+    pub scales: Vec<f32>,
+    /// Where sums begin: what takes the code of zero away.
+    start: Vec<i32>,
+}
+
+impl Packed8 {
+    /// From `weights`, O x I, and `bias`, O. `signed`: inputs may be negative.
+    pub fn new(weights: &[f32], bias: &[f32], inputs: usize, signed: bool, isa: Isa) -> Self {
+        let padded_inputs = padded(inputs);
+        let units = bias.len().div_ceil(UNIT);
+        let (panels, _) = Panel::of(units, padded_inputs, isa);
+        let (mut codes, mut steps, mut start) = (vec![0i8; padded_inputs * units * UNIT], vec![0f32; units * UNIT], vec![0; units * UNIT]);
+        let mut scales = vec![1f32; padded_inputs];
+        for (i, scale) in scales.iter_mut().enumerate().take(inputs) {
+            let largest = weights.iter().skip(i).step_by(inputs).fold(0f32, |m, w| m.max(w.abs()));
+            if largest.is_normal() {
+                *scale = largest.sqrt();
+            }
+        }
+        for (o, row) in weights.chunks_exact(inputs).enumerate() {
+            let row: Vec<f32> = row.iter().zip(&scales).map(|(w, s)| w / s).collect();
+            let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
+            // A code is always a number: what is none shows in the step.
+            let step = match largest {
+                _ if row.iter().any(|v| !v.is_finite()) => f32::NAN,
+                0.0 => 1.0,
+                largest => largest / 127.0,
+            };
+            steps[o] = step;
+            let Some(panel) = panels.iter().find(|p| (p.unit..p.unit + p.units).contains(&(o / UNIT))) else { continue };
+            for (i, w) in row.iter().enumerate() {
+                let code = (w / step).round() as i8;
+                let lane = o - panel.unit * UNIT;
+                codes[panel.weights + (i / FOUR * panel.units * UNIT + lane) * FOUR + i % FOUR] = code;
+                if signed {
+                    start[o] -= ZERO * i32::from(code);
+                }
+            }
+        }
+        let mut wide = bias.to_vec();
+        wide.resize(units * UNIT, 0.0);
+        Self { inputs: padded_inputs, outputs: units * UNIT, panels, weights: codes, steps, bias: wide, scales, start }
+    }
+
+    /// Number of panels: each is one pass.
+    pub fn panels(&self) -> usize {
+        self.panels.len()
+    }
+}
+
+/// Codes of pixels, which are not negative unless `SIGNED`, and each pixel's step. `codes` and `steps` are as long as there are values and pixels.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`.
+#[inline(always)]
+pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], scales: &[f32], codes: &mut [u8], steps: &mut [f32]) {
+    let channels = scales.len();
+    assert!(channels.is_multiple_of(UNIT) && values.len() == channels * steps.len() && codes.len() == values.len(), "int8: pixels");
+    for (pixel, step) in steps.iter_mut().enumerate() {
+        // SAFETY: vectors at multiples of the lanes below `channels`, itself a multiple, of a pixel within the asserted lengths.
+        unsafe {
+            let from = values.as_ptr().add(pixel * channels);
+            let to = codes.as_mut_ptr().add(pixel * channels);
+            let scales = scales.as_ptr();
+            let mut largest = V::splat(f32::MIN_POSITIVE);
+            for c in (0..channels).step_by(V::LANES) {
+                let value = V::load(from.add(c)).fma(V::load(scales.add(c)), V::splat(0.0));
+                largest = largest.at_least(value.magnitude());
+            }
+            let largest = largest.highest();
+            let (most, zero) = if SIGNED { (127.0, ZERO as f32) } else { (255.0, 0.0) };
+            *step = largest / most;
+            let (scale, zero) = (V::splat(most / largest), V::splat(zero));
+            for c in (0..channels).step_by(V::LANES) {
+                let scale = scale.fma(V::load(scales.add(c)), V::splat(0.0));
+                V::load(from.add(c)).fma(scale, zero).store_u8(to.add(c));
+            }
+        }
+    }
+}
+
+/// What a pass reads and writes.
+#[derive(Clone, Copy)]
+pub(super) struct Codes<'a> {
+    /// Pixels x padded inputs.
+    pub codes: &'a [u8],
+    /// Of each pixel.
+    pub steps: &'a [f32],
+}
+
+/// One panel's channels of `pixels` pixels of `out`, `packed.outputs` values apart.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`, which must be the one that `packed` was made for.
+#[inline(always)]
+pub(super) unsafe fn panel8<V: Vector>(
+    packed: &Packed8,
+    panel: usize,
+    pixels: usize,
+    x: Codes,
+    residual: Option<&[f32]>,
+    activation: Activation,
+    out: &mut [f32],
+) {
+    let Panel { unit, units, weights } = packed.panels[panel];
+    let first = unit * UNIT;
+    assert!(x.codes.len() >= pixels * packed.inputs && x.steps.len() >= pixels, "int8: input");
+    assert!(out.len() >= pixels * packed.outputs, "int8: output");
+    assert!(residual.is_none_or(|r| r.len() >= pixels * packed.outputs), "int8: residual");
+    let weights = &packed.weights[weights..][..packed.inputs * units * UNIT];
+    let (steps, bias, start) = (&packed.steps[first..], &packed.bias[first..], &packed.start[first..]);
+    assert!(steps.len() >= units * UNIT && bias.len() >= units * UNIT && start.len() >= units * UNIT, "int8: weights");
+    let call = Call {
+        groups: packed.inputs / FOUR,
+        x: x.codes.as_ptr(),
+        x_stride: packed.inputs,
+        x_steps: x.steps.as_ptr(),
+        weights: weights.as_ptr(),
+        steps: steps.as_ptr(),
+        bias: bias.as_ptr(),
+        start: start.as_ptr(),
+        residual: residual.map_or(std::ptr::null(), |r| r.as_ptr().wrapping_add(first)),
+        out: out.as_mut_ptr().wrapping_add(first),
+        out_stride: packed.outputs,
+        activation,
+    };
+    // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
+    // and the panel's weights, steps and biases are whole.
+    unsafe {
+        match (V::LANES, units) {
+            (16, 1) => call.pixels::<V, 16, 1>(pixels),
+            (16, 2) => call.pixels::<V, 12, 2>(pixels),
+            (16, 3) => call.pixels::<V, 8, 3>(pixels),
+            (16, _) => call.pixels::<V, 6, 4>(pixels),
+            (8, _) => call.pixels::<V, 4, 2>(pixels),
+            _ => call.pixels::<V, 2, 4>(pixels),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Call {
+    groups: usize,
+    x: *const u8,
+    x_stride: usize,
+    x_steps: *const f32,
+    weights: *const i8,
+    steps: *const f32,
+    bias: *const f32,
+    start: *const i32,
+    residual: *const f32,
+    out: *mut f32,
+    out_stride: usize,
+    activation: Activation,
+}
+
+impl Call {
+    /// `ROWS` pixels at a time, then what is left.
+    #[inline(always)]
+    unsafe fn pixels<V: Vector, const ROWS: usize, const VECTORS: usize>(self, pixels: usize) {
+        let mut at = 0;
+        // SAFETY: the caller's promise, for each pixel once.
+        unsafe {
+            while at + ROWS <= pixels {
+                self.from(at).tile::<V, ROWS, VECTORS>();
+                at += ROWS;
+            }
+            while at < pixels {
+                let left = (pixels - at).min(4);
+                let rest = self.from(at);
+                match left {
+                    4 => rest.tile::<V, 4, VECTORS>(),
+                    3 => rest.tile::<V, 3, VECTORS>(),
+                    2 => rest.tile::<V, 2, VECTORS>(),
+                    _ => rest.tile::<V, 1, VECTORS>(),
+                }
+                at += left;
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn from(self, pixel: usize) -> Self {
+        // SAFETY: the pixel is within the slices.
+        unsafe {
+            Self {
+                x: self.x.add(pixel * self.x_stride),
+                x_steps: self.x_steps.add(pixel),
+                out: self.out.add(pixel * self.out_stride),
+                residual: if self.residual.is_null() { self.residual } else { self.residual.add(pixel * self.out_stride) },
+                ..self
+            }
+        }
+    }
+
+    /// Outer products of `ROWS` pixels and `VECTORS` vectors of channels, summed in registers.
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[V::sums(self.start); VECTORS]; ROWS];
+            for v in 1..VECTORS {
+                let start = V::sums(self.start.add(v * V::LANES));
+                for row in &mut sums {
+                    row[v] = start;
+                }
+            }
+            let mut weights = self.weights;
+            for i in 0..self.groups {
+                let mut w = [V::weights8(weights); VECTORS];
+                for (v, w) in w.iter_mut().enumerate().skip(1) {
+                    *w = V::weights8(weights.add(v * V::LANES * FOUR));
+                }
+                for (r, row) in sums.iter_mut().enumerate() {
+                    let x = V::four(self.x.add(r * self.x_stride + i * FOUR));
+                    for (sum, w) in row.iter_mut().zip(w) {
+                        *sum = V::dot(*sum, x, w);
+                    }
+                }
+                weights = weights.add(VECTORS * V::LANES * FOUR);
+            }
+            for v in 0..VECTORS {
+                let steps = V::load(self.steps.add(v * V::LANES));
+                let bias = V::load(self.bias.add(v * V::LANES));
+                for (r, row) in sums.iter().enumerate() {
+                    let x_steps = V::splat(*self.x_steps.add(r));
+                    let mut y = V::of_sums(row[v]).fma(steps.fma(x_steps, V::splat(0.0)), bias);
+                    if !self.residual.is_null() {
+                        y = y.add(V::load(self.residual.add(r * self.out_stride + v * V::LANES)));
+                    }
+                    activate(y, self.activation).store(self.out.add(r * self.out_stride + v * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// One layer, by vectors of an instruction set.
+    ///
+    /// # Safety
+    ///
+    /// The processor has it.
+    #[inline(always)]
+    unsafe fn layer<V: Vector>(packed: &Packed8, values: &[f32], signed: bool, residual: &[f32], relu: bool) -> Vec<f32> {
+        let pixels = values.len() / packed.inputs;
+        let (mut codes, mut steps) = (vec![0u8; values.len()], vec![0f32; pixels]);
+        let mut out = vec![f32::NAN; pixels * packed.outputs];
+        let activation = if relu { Activation::Relu6 } else { Activation::None };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if signed {
+                encode::<V, true>(values, &packed.scales, &mut codes, &mut steps);
+            } else {
+                encode::<V, false>(values, &packed.scales, &mut codes, &mut steps);
+            }
+            for p in 0..packed.panels() {
+                let x = Codes { codes: &codes, steps: &steps };
+                panel8::<V>(packed, p, pixels, x, (!residual.is_empty()).then_some(residual), activation, &mut out);
+            }
+        }
+        out
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
+    unsafe fn layer512(packed: &Packed8, values: &[f32], signed: bool, residual: &[f32], relu: bool) -> Vec<f32> {
+        // SAFETY: the features of this function.
+        unsafe { layer::<std::arch::x86_64::__m512>(packed, values, signed, residual, relu) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn layer256(packed: &Packed8, values: &[f32], signed: bool, residual: &[f32], relu: bool) -> Vec<f32> {
+        // SAFETY: the features of this function.
+        unsafe { layer::<std::arch::x86_64::__m256>(packed, values, signed, residual, relu) }
+    }
+
+    proptest! {
+        /// Against the definition on the rounded numbers, in f64: nothing is lost but what rounding to 8 bits loses.
+        #[test]
+        fn every_instruction_set_equals_the_definition(
+            inputs in 1usize..200, outputs in 1usize..150, pixels in 0usize..40,
+            signed: bool, residual: bool, relu: bool, large in -3f32..3.0, seed in any::<u64>(),
+        ) {
+            let noise = |seed: u64, n: usize| -> Vec<f32> { (0..n as u64).map(|i| crate::test_noise(seed, i)).collect() };
+            let weights = noise(seed, inputs * outputs);
+            let bias = noise(seed ^ 1, outputs);
+            let wide = padded(inputs);
+            let of = |p: usize, c: usize| {
+                let v = if c < inputs { 10f32.powf(large) * crate::test_noise(seed ^ 2, (p * inputs + c) as u64) } else { 0.0 };
+                if signed { v } else { v.abs() }
+            };
+            let values: Vec<f32> = (0..pixels * wide).map(|i| of(i / wide, i % wide)).collect();
+            let added = if residual { noise(seed ^ 3, pixels * padded(outputs)) } else { Vec::new() };
+            for isa in Isa::available() {
+                let packed = Packed8::new(&weights, &bias, inputs, signed, isa);
+                let got = match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 if std::arch::is_x86_feature_detected!("avx512vnni") => {
+                        // SAFETY: the processor has it.
+                        unsafe { layer512(&packed, &values, signed, &added, relu) }
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => {
+                        // SAFETY: the processor has it.
+                        unsafe { layer256(&packed, &values, signed, &added, relu) }
+                    }
+                    Isa::Avx512 => continue,
+                    // SAFETY: plain arrays need no instruction set.
+                    _ => unsafe { layer::<[f32; 4]>(&packed, &values, signed, &added, relu) },
+                };
+                for p in 0..pixels {
+                    let largest = (0..inputs).map(|c| (of(p, c) * packed.scales[c]).abs()).fold(f32::MIN_POSITIVE, f32::max);
+                    for o in 0..outputs {
+                        let row: Vec<f32> = weights[o * inputs..][..inputs].iter().zip(&packed.scales).map(|(w, s)| w / s).collect();
+                        let step = row.iter().fold(0f32, |m, w| m.max(w.abs())) / 127.0;
+                        let mut sum = 0f64;
+                        for (c, w) in row.iter().enumerate() {
+                            let (most, zero) = if signed { (127.0, 128.0) } else { (255.0, 0.0) };
+                            let code = of(p, c).mul_add(most / largest * packed.scales[c], zero).round_ties_even();
+                            let x = f64::from(code - zero) * f64::from(largest / most);
+                            sum += x * f64::from((w / step).round() * step);
+                        }
+                        sum += f64::from(bias[o]) + if residual { f64::from(added[p * padded(outputs) + o]) } else { 0.0 };
+                        if relu { sum = sum.clamp(0.0, 6.0); }
+                        let got = f64::from(got[p * packed.outputs + o]);
+                        // A code at a tie may fall either way where products are not fused.
+                        let tie = f64::from(largest / if signed { 127.0 } else { 255.0 }) * 1.01 * f64::from(row.iter().fold(0f32, |m, w| m.max(w.abs())));
+                        prop_assert!((got - sum).abs() <= 1e-4 * (1.0 + f64::from(largest) * inputs as f64 / 50.0) + tie, "{isa:?}: {got} {sum}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_weight_that_is_no_number_is_not_hidden() {
+        let mut weights = vec![0.5f32; 20];
+        weights[7] = f32::NAN;
+        let packed = Packed8::new(&weights, &[0.0], 20, false, Isa::Portable);
+        // SAFETY: plain arrays need no instruction set.
+        let out = unsafe { layer::<[f32; 4]>(&packed, &[9.0; 32], false, &[], true) };
+        assert!(out[0].is_nan());
+    }
+}
