@@ -6,7 +6,7 @@
 //! to the values (the square root of a channel's largest weight; SmoothQuant's balance, <https://arxiv.org/abs/2211.10438>). On
 //! photographs the descriptor's cosine to f32's is 0.998 so, and 0.967 without [ours].
 
-use super::pointwise::{activate, padded, Panel, UNIT};
+use super::pointwise::{activate, padded, Panel, Tile, UNIT};
 use super::vector::Vector;
 use super::{Activation, Isa};
 
@@ -187,31 +187,7 @@ struct Call {
     activation: Activation,
 }
 
-impl Call {
-    /// `ROWS` pixels at a time, then what is left.
-    #[inline(always)]
-    unsafe fn pixels<V: Vector, const ROWS: usize, const VECTORS: usize>(self, pixels: usize) {
-        let mut at = 0;
-        // SAFETY: the caller's promise, for each pixel once.
-        unsafe {
-            while at + ROWS <= pixels {
-                self.from(at).tile::<V, ROWS, VECTORS>();
-                at += ROWS;
-            }
-            while at < pixels {
-                let left = (pixels - at).min(4);
-                let rest = self.from(at);
-                match left {
-                    4 => rest.tile::<V, 4, VECTORS>(),
-                    3 => rest.tile::<V, 3, VECTORS>(),
-                    2 => rest.tile::<V, 2, VECTORS>(),
-                    _ => rest.tile::<V, 1, VECTORS>(),
-                }
-                at += left;
-            }
-        }
-    }
-
+impl Tile for Call {
     #[inline(always)]
     unsafe fn from(self, pixel: usize) -> Self {
         // SAFETY: the pixel is within the slices.
@@ -226,7 +202,6 @@ impl Call {
         }
     }
 
-    /// Outer products of `ROWS` pixels and `VECTORS` vectors of channels, summed in registers.
     #[inline(always)]
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.

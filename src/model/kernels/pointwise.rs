@@ -134,22 +134,27 @@ pub(super) unsafe fn panel<V: Vector>(
     }
 }
 
-#[derive(Clone, Copy)]
-struct Call {
-    inputs: usize,
-    x: *const f32,
-    stride: usize,
-    weights: *const f32,
-    bias: *const f32,
-    residual: *const f32,
-    residual_stride: usize,
-    out: *mut f32,
-    out_stride: usize,
-    activation: Activation,
-}
+/// Outer products of pixels and channels that registers hold; pointers to where the next begins.
+pub(super) trait Tile: Copy {
+    /// The same, `pixel` pixels on.
+    ///
+    /// # Safety
+    ///
+    /// There are so many.
+    unsafe fn from(self, pixel: usize) -> Self;
 
-impl Call {
+    /// Outer products of `ROWS` pixels and `VECTORS` vectors of channels, summed in registers.
+    ///
+    /// # Safety
+    ///
+    /// The processor has the instruction set of `V`; so many pixels, and weights of so many vectors, are there.
+    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self);
+
     /// `ROWS` pixels at a time, then what is left.
+    ///
+    /// # Safety
+    ///
+    /// As [`Tile::tile`], for `pixels` pixels.
     #[inline(always)]
     unsafe fn pixels<V: Vector, const ROWS: usize, const VECTORS: usize>(self, pixels: usize) {
         let mut at = 0;
@@ -172,7 +177,23 @@ impl Call {
             }
         }
     }
+}
 
+#[derive(Clone, Copy)]
+struct Call {
+    inputs: usize,
+    x: *const f32,
+    stride: usize,
+    weights: *const f32,
+    bias: *const f32,
+    residual: *const f32,
+    residual_stride: usize,
+    out: *mut f32,
+    out_stride: usize,
+    activation: Activation,
+}
+
+impl Tile for Call {
     #[inline(always)]
     unsafe fn from(self, pixel: usize) -> Self {
         // SAFETY: the pixel is within the slices.
@@ -186,7 +207,6 @@ impl Call {
         }
     }
 
-    /// Outer products of `ROWS` pixels and `VECTORS` vectors of channels, summed in registers.
     #[inline(always)]
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.
