@@ -12,7 +12,7 @@ use opencv::{calib3d, imgproc};
 pub const MAX_PIXELS: u64 = 64_000_000;
 
 /// Most scans of a progressive JPEG: each costs a pass over the whole image, however few bytes it has.
-const MAX_SCANS: u32 = 200;
+const MAX_SCANS: u32 = 50;
 
 const SUPPORTED: &str = "rgb8, bgr8, rgba8, bgra8, mono8, 8UC1, 8UC3, mono16, 16UC1, bayer_{rggb,bggr,gbrg,grbg}8, yuv422 (uyvy), yuv422_yuy2 (yuyv), nv21, nv24";
 

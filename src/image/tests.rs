@@ -128,6 +128,26 @@ fn a_stuffed_jpeg_is_an_image_and_half_a_jpeg_is_none() {
     }
 }
 
+/// What other programs compute from a JPEG, we do.
+#[test]
+fn jpegs_have_the_pixels_that_opencv_decodes() {
+    use opencv::core::{Mat, MatTraitConstManual};
+    use opencv::{imgcodecs, imgproc};
+    for (width, height) in [(61, 43), (64, 48), (8, 7)] {
+        let data = (0..width * height * 3).map(|i| ((i * 37) % 256) as u8 / 2 + (i / (9 * width) * 20 % 128) as u8).collect();
+        let image = RgbImage::new(width, height, data).unwrap();
+        for quality in [30, 75, 95] {
+            let jpeg = image.to_jpeg(quality).unwrap();
+            let bgr = imgcodecs::imdecode(&Mat::from_slice(&jpeg).unwrap(), imgcodecs::IMREAD_COLOR).unwrap();
+            let mut rgb = Mat::default();
+            imgproc::cvt_color_def(&bgr, &mut rgb, imgproc::COLOR_BGR2RGB).unwrap();
+            let ours = RgbImage::decode(&jpeg).unwrap();
+            let off = ours.data().iter().zip(rgb.data_bytes().unwrap()).map(|(a, b)| a.abs_diff(*b)).max();
+            assert_eq!(off, Some(0), "{width}x{height} at {quality}");
+        }
+    }
+}
+
 /// Grey, alpha, palette and 16 bits: what label tools and depth cameras write.
 #[test]
 fn every_kind_of_png_is_rgb_afterwards() {
