@@ -1,6 +1,6 @@
 //! Pixels from untrusted bytes: ROS encodings, JPEG, PNG; resize and undistort.
 //!
-//! Every size is checked against the data before anything is allocated. libjpeg-turbo (the pixels that OpenCV and Pillow give too)
+//! Every size is checked against the data before anything is allocated. libjpeg-turbo (to OpenCV's pixels)
 //! and a PNG reader in safe Rust decode; OpenCV demosaics, resizes and undistorts. OpenCV's own decoders would load a hundred
 //! libraries (GDAL, GDCM, ...) into every process, and feed them untrusted bytes.
 

@@ -246,7 +246,10 @@ impl Engine {
             "" => Model::shipped()?,
             file => Model::from_bytes(&read_file(Path::new(file))?).map_err(|e| e.at(Path::new(file)))?,
         };
-        let model = model.with_precision(if settings.model.compute == "int8" { Precision::Int8 } else { Precision::F32 })?;
+        let compute = &settings.model.compute;
+        let precision: std::result::Result<Precision, String> = compute.parse();
+        let wrong = |allowed| Error::Config { field: "model.compute".into(), value: compute.clone(), allowed };
+        let model = model.with_precision(precision.map_err(wrong)?)?;
         let path = (!settings.map.file.is_empty()).then(|| PathBuf::from(&settings.map.file));
         if let Some(path) = &path {
             check_folder(path)?;

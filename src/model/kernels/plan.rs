@@ -53,7 +53,7 @@ impl std::str::FromStr for Precision {
         match name {
             "f32" => Ok(Self::F32),
             "int8" => Ok(Self::Int8),
-            other => Err(format!("`{other}` is no precision; there are f32 and int8")),
+            _ => Err("f32 or int8".into()),
         }
     }
 }
