@@ -70,6 +70,12 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A device that is not there, or that fails.
+    #[error("device: {reason}")]
+    Device {
+        /// What is wrong and what to do.
+        reason: String,
+    },
     /// Local features that cannot be used.
     #[error("features: {reason}")]
     Features {

@@ -25,6 +25,7 @@
 //!     descriptor: model.describe(&image)?,
 //!     luma_std: image.luma_stats().1,
 //!     median_depth_m: None,
+//!     glance: Some(image.glance()?),
 //!     odom_from_base: None,
 //!     features: None,
 //!     calibration: None,

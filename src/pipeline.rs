@@ -5,7 +5,7 @@ use crate::descriptor::Descriptor;
 use crate::error::Result;
 use crate::features::{CompactFeatures, Features};
 use crate::geometry::View;
-use crate::image::Camera;
+use crate::image::{Camera, Glance};
 use crate::map::{Changes, Hit, Keyframe, Link, Map, Store};
 use crate::rerank::{Budget, Reranked, Reranker};
 use nalgebra::Isometry3;
@@ -30,6 +30,8 @@ pub struct Frame {
     pub luma_std: f32,
     /// Median of the registered depth, metres, where there is one.
     pub median_depth_m: Option<f32>,
+    /// What stands still is told by; asked where there is no odometry.
+    pub glance: Option<Glance>,
     /// `T_odom_base` at the stamp, metres.
     pub odom_from_base: Option<Isometry3<f64>>,
     /// Local features, where the detector verifies ([`LoopDetector::wants_features`]).
@@ -215,11 +217,19 @@ impl Pointer {
     }
 }
 
+/// A keyframe, as the next image is compared with it.
+#[derive(Clone, Debug)]
+struct Last {
+    keyframe: Keyframe,
+    descriptor: Descriptor,
+    glance: Option<Glance>,
+}
+
 /// What is remembered of one camera from one frame to the next.
 #[derive(Clone, Debug, Default)]
 struct CameraState {
     /// The last keyframe of this run.
-    last: Option<(Keyframe, Descriptor)>,
+    last: Option<Last>,
     /// Where it pointed, with the length of each chain.
     pointers: Vec<Pointer>,
     /// Stamp of the last frame that did not jump.
@@ -426,7 +436,7 @@ impl LoopDetector {
     pub fn skips(&self, camera: &str, stamp_ns: i64, odom_from_base: Option<&Isometry3<f64>>) -> Option<Skip> {
         let settings = &self.config.keyframe;
         let state = self.cameras.get(camera)?;
-        let (last, _) = state.last.as_ref()?;
+        let last = &state.last.as_ref()?.keyframe;
         let since = stamp_ns.saturating_sub(last.stamp_ns);
         if since < 0 || stamp_ns.saturating_sub(state.seen_ns.unwrap_or(stamp_ns)) > LONGEST_GAP_NS {
             return Some(Skip::TimeJump);
@@ -540,12 +550,13 @@ impl LoopDetector {
         if frame.median_depth_m.is_some_and(|d| f64::from(d) < settings.min_depth_m) {
             return Some(Skip::LowQuality);
         }
-        let (last, descriptor) = self.cameras.get(&frame.camera)?.last.as_ref()?;
+        let last = self.cameras.get(&frame.camera)?.last.as_ref()?;
         // Where both poses are known they have decided already.
-        let blind = last.odom_from_base.is_none() || frame.odom_from_base.is_none();
+        let blind = last.keyframe.odom_from_base.is_none() || frame.odom_from_base.is_none();
         // Rounding puts the cosine of equals above 1; a setting of 0 is to hold nothing back.
-        let change = (1.0 - f64::from(descriptor.similarity(&frame.descriptor))).max(0.0);
-        let still = change < settings.min_descriptor_change;
+        let change = (1.0 - f64::from(last.descriptor.similarity(&frame.descriptor))).max(0.0);
+        let unmoved = || last.glance.as_ref()?.unmoved(frame.glance.as_ref()?);
+        let still = change < settings.min_descriptor_change || unmoved().is_some_and(|share| f64::from(share) > settings.max_still_share);
         (blind && still).then_some(Skip::Stationary)
     }
 
@@ -662,7 +673,7 @@ impl LoopDetector {
     }
 
     fn remember(&mut self, frame: Frame, evidence: Option<&Evidence>, outcome: Outcome, pointers: Vec<Pointer>) -> Result<(usize, bool)> {
-        let Frame { camera, stamp_ns, name, descriptor, odom_from_base, features, calibration, .. } = frame;
+        let Frame { camera, stamp_ns, name, descriptor, glance, odom_from_base, features, calibration, .. } = frame;
         let keyframe = Keyframe { robot: self.robot, session: self.session, camera, stamp_ns, name, odom_from_base };
         let added = !self.localization_only;
         let query = if added { self.map.push(keyframe.clone(), &descriptor)? } else { self.map.keyframes().len() };
@@ -682,7 +693,8 @@ impl LoopDetector {
             self.relocalizing = false;
         }
         let state = self.cameras.entry(keyframe.camera.clone()).or_default();
-        *state = CameraState { last: Some((keyframe, descriptor)), pointers, seen_ns: Some(stamp_ns), looked_ns: Some(stamp_ns), jumps: 0 };
+        let last = Some(Last { keyframe, descriptor, glance });
+        *state = CameraState { last, pointers, seen_ns: Some(stamp_ns), looked_ns: Some(stamp_ns), jumps: 0 };
         Ok((query, added))
     }
 }

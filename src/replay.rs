@@ -541,6 +541,7 @@ fn describe(
     if let Some(camera) = camera {
         image = image.undistort(camera).map_err(at)?;
     }
+    let odom_from_base = odometry.at(shot.stamp_ns);
     let frame = Frame {
         camera: String::new(),
         stamp_ns: shot.stamp_ns,
@@ -548,7 +549,8 @@ fn describe(
         descriptor: model.describe(&image).map_err(at)?,
         luma_std: image.luma_stats().1,
         median_depth_m: shot.depth.as_ref().map(|d| median_depth_m(&d.raw())).transpose().map_err(at)?.flatten(),
-        odom_from_base: odometry.at(shot.stamp_ns),
+        glance: odom_from_base.is_none().then(|| image.glance()).transpose().map_err(at)?,
+        odom_from_base,
         features: None,
         calibration: calibration.cloned(),
     };

@@ -36,6 +36,9 @@ section! {
         min_rotation_deg: f64 = 10.0, Kind::Real(0.0, 360.0), live;
         /// Without odometry: smallest change of the descriptor (1 - cosine) against the last keyframe.
         min_descriptor_change: f64 = 0.01, Kind::Real(0.0, 2.0), live;
+        /// Without odometry: where more than this share of the picture's textured parts stands still, something passed
+        /// and the robot did not move. 1: not asked.
+        max_still_share: f64 = 0.6, Kind::Real(0.0, 1.0), live;
         /// Images whose luma varies less than this (standard deviation, 0 to 255) are left out.
         min_luma_std: f64 = 6.0, Kind::Real(0.0, 128.0), live;
         /// With registered depth: images whose median depth is nearer than this are left out, metres: a

@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::features::Features;
+use crate::model::kernels::Products;
 use crate::model::{LearnedMatcher, Side};
-use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 /// Two points that are each other's nearest.
@@ -109,16 +109,17 @@ pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) ->
     if query.dim() != reference.dim() {
         return Err(Error::Features { reason: format!("descriptors of {} and {} values do not compare", query.dim(), reference.dim()) });
     }
-    let tensor = |f: &Features| Tensor::from_slice(f.descriptors(), (f.len(), f.dim()), &Device::Cpu);
-    let (all, columns) = (tensor(query)?, tensor(reference)?.t()?);
-    let m = reference.len();
+    let (dim, m) = (query.dim(), reference.len());
+    let columns = Products::new(reference.descriptors(), dim);
     // Of each block: every query's best, and the best query of every reference.
     type Block = (Vec<(f32, usize)>, Vec<f32>, Vec<u32>);
-    let block = |from: usize| -> Result<Block> {
-        let dots = all.narrow(0, from, ROWS.min(query.len() - from))?.matmul(&columns)?.flatten_all()?.to_vec1::<f32>()?;
+    let block = |(at, rows): (usize, &[f32])| -> Block {
+        let from = at * ROWS;
+        let dots = columns.with(rows);
+        let dots = dots.chunks_exact(columns.stride()).map(|row| &row[..m]);
         let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
         let mut of_query = Vec::with_capacity(ROWS);
-        for (q, row) in dots.chunks_exact(m).enumerate() {
+        for (q, row) in dots.clone().enumerate() {
             let (top, r) = largest(row);
             of_query.push((top, r));
             for ((v, best), by) in row.iter().zip(&mut best).zip(&mut by) {
@@ -129,17 +130,16 @@ pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) ->
             }
         }
         if max_ratio < 1.0 {
-            for ((top, r), row) in of_query.iter_mut().zip(dots.chunks_exact(m)) {
+            for ((top, r), row) in of_query.iter_mut().zip(dots) {
                 let second = row.iter().enumerate().filter(|(i, _)| i != r).fold(f32::NEG_INFINITY, |m, (_, v)| m.max(*v));
                 if distance(*top) >= max_ratio * distance(second) {
                     *r = usize::MAX;
                 }
             }
         }
-        Ok((of_query, best, by))
+        (of_query, best, by)
     };
-    let starts: Vec<usize> = (0..query.len()).step_by(ROWS).collect();
-    let blocks = starts.into_par_iter().map(block).collect::<Result<Vec<_>>>()?;
+    let blocks = query.descriptors().par_chunks(ROWS * dim).enumerate().map(block).collect::<Vec<_>>();
     let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
     for (_, tops, rows) in &blocks {
         for r in 0..m {

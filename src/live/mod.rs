@@ -20,7 +20,7 @@ use crate::features::Features;
 use crate::geometry::View;
 use crate::image::{depths_at, median_depth_m, Camera, RgbImage};
 use crate::map::{Hit, Map, Store};
-use crate::model::{Model, Precision};
+use crate::model::{ComputeDevice, Model, Precision};
 use crate::odometry::Track;
 use crate::pipeline::{Decision, Frame, LoopDetector, Reason, Step};
 use crate::rerank::{lead, Reranked, Reranker};
@@ -246,10 +246,11 @@ impl Engine {
             "" => Model::shipped()?,
             file => Model::from_bytes(&read_file(Path::new(file))?).map_err(|e| e.at(Path::new(file)))?,
         };
-        let compute = &settings.model.compute;
-        let precision: std::result::Result<Precision, String> = compute.parse();
-        let wrong = |allowed| Error::Config { field: "model.compute".into(), value: compute.clone(), allowed };
-        let model = model.with_precision(precision.map_err(wrong)?)?;
+        let m = &settings.model;
+        let wrong = |field: &str, value: &str, allowed| Error::Config { field: field.into(), value: value.into(), allowed };
+        let device: ComputeDevice = m.device.parse().map_err(|e| wrong("model.device", &m.device, e))?;
+        let precision: Precision = m.compute.parse().map_err(|e| wrong("model.compute", &m.compute, e))?;
+        let model = model.on(device, precision)?;
         let path = (!settings.map.file.is_empty()).then(|| PathBuf::from(&settings.map.file));
         if let Some(path) = &path {
             check_folder(path)?;
@@ -559,6 +560,8 @@ impl Engine {
             descriptor: descriptor.clone(),
             luma_std,
             median_depth_m: self.depth_at(camera, header.stamp_ns),
+            // Odometry tells better; without it every frame that is described is asked.
+            glance: odom_from_base.is_none().then(|| image.glance()).transpose()?,
             odom_from_base,
             features: None,
             calibration: self.calibration(camera),

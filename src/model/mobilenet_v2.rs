@@ -4,7 +4,9 @@
 //! Batch norm is folded before the network is built, so each convolution is weight, bias and
 //! activation. 1x1 convolutions are matrix products, depthwise ones our own op.
 
-use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock, Precision};
+#[cfg(any(test, feature = "cuda"))]
+use super::kernels::gpu::{GpuPlan, Machine};
+use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock};
 use super::pooling::{l2_normalize, Pooling};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,10 @@ const STEM: usize = 32;
 /// the 32-channel (/8), 96-channel (/16) and 320-channel (/32) stages. [inferred: 32 + 96 + 320 is
 /// the only subset of the stages that gives the paper's 448]
 pub const TAPS: [usize; 3] = [6, 13, 17];
+
+/// Channels of the taps.
+#[cfg(any(test, feature = "cuda"))]
+pub(super) const TAP_CHANNELS: [usize; 3] = [32, 96, 320];
 
 /// Dimensions of the global descriptor [paper].
 pub const DIM: usize = 448;
@@ -170,9 +176,20 @@ fn values(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 impl MobileNetV2 {
-    /// The same network for inference alone: no gradients, batch of one, several times as fast; in the
-    /// precision that is asked for.
-    pub fn plan(&self, precision: Precision) -> Result<Plan> {
+    /// The same network for inference alone: no gradients, batch of one, several times as fast; with `int8` the 1x1
+    /// convolutions compute in 8 bits.
+    pub fn plan(&self, int8: bool) -> Result<Plan> {
+        self.folded(|stem, blocks, pads| Plan::new(int8, stem, blocks, pads))
+    }
+
+    /// The same for a GPU, in f32 or f16.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(super) fn gpu_plan<M: Machine>(&self, machine: M, half: bool) -> crate::error::Result<GpuPlan<M>> {
+        self.folded(|stem, blocks, pads| GpuPlan::new(machine, half, stem, blocks, pads))?
+    }
+
+    /// Calls `f` with the stem's weight and bias, the blocks, and the border of a 3x3 at height, width and stride.
+    fn folded<T>(&self, f: impl FnOnce((&[f32], &[f32]), &[PlanBlock], fn(usize, usize, usize) -> Pad) -> T) -> Result<T> {
         let pads = match self.padding {
             Padding::Symmetric => |h, w, s| Padding::Symmetric.of(h, w, s),
             Padding::Same => |h, w, s| Padding::Same.of(h, w, s),
@@ -197,7 +214,7 @@ impl MobileNetV2 {
                 tap: TAPS.contains(&(at + 1)),
             });
         }
-        Ok(Plan::new(precision, slices(&both(&self.stem)?), &blocks, pads))
+        Ok(f(slices(&both(&self.stem)?), &blocks, pads))
     }
 
     /// Builds from folded tensors that `get` returns by our names (`blocks.3.expand.weight`).
@@ -264,6 +281,7 @@ mod tests {
     fn the_table_of_convolutions_is_the_papers() {
         let specs = conv_specs();
         assert_eq!(specs.len(), 50 + 1);
+        assert_eq!(TAP_CHANNELS.iter().sum::<usize>(), DIM);
         assert_eq!(specs[1].name, "blocks.1.depthwise");
         assert_eq!(specs[3].torchvision, "features.2.conv.0.0");
         assert_eq!(specs.last().map(|s| s.shape), Some([320, 960, 1, 1]));

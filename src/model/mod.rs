@@ -2,6 +2,7 @@
 //! weights and its preprocessing.
 
 mod container;
+mod device;
 pub mod kernels;
 mod layers;
 mod lightglue;
@@ -15,8 +16,11 @@ mod weights;
 mod xfeat;
 
 pub use container::read_tensors;
+pub use device::{ComputeDevice, Cost, Limits, Precision};
 pub use lightglue::LightGlue;
 pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
+#[cfg(feature = "cuda")]
+use mobilenet_v2::TAP_CHANNELS;
 pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
 pub use superglue::{Side, SuperGlue};
@@ -28,9 +32,10 @@ use crate::descriptor::{Descriptor, ModelIdentity};
 use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use candle_core::{DType, Device, Tensor};
+use device::Network;
 use kernels::Plan;
-pub use kernels::Precision;
 use sha2::{Digest, Sha256};
+use std::borrow::Cow;
 
 /// The model in the repository: what the commands use when none is given.
 const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safetensors");
@@ -40,7 +45,8 @@ const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safet
 pub struct Model {
     weights: Weights,
     identity: ModelIdentity,
-    plan: Plan,
+    network: Network,
+    device: ComputeDevice,
     precision: Precision,
 }
 
@@ -51,10 +57,11 @@ fn network(weights: &Weights) -> Result<MobileNetV2> {
 }
 
 impl Model {
-    /// Builds from parsed weights; computes in f32.
+    /// Builds from parsed weights; computes on the processor in f32.
     pub fn new(weights: Weights) -> Result<Self> {
         weights.spec.validate()?;
-        let plan = network(&weights)?.plan(Precision::F32)?;
+        let (device, precision) = (ComputeDevice::Cpu, Precision::F32);
+        let network = Network::new(&network(&weights)?, device, precision)?;
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);
         for (name, tensor) in &weights.tensors {
@@ -65,14 +72,16 @@ impl Model {
         }
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
-        Ok(Self { weights, identity, plan, precision: Precision::F32 })
+        Ok(Self { weights, identity, network, device, precision })
     }
 
-    /// The same model, whose network computes in `precision`. Its identity stays: descriptors of both compare.
-    pub fn with_precision(mut self, precision: Precision) -> Result<Self> {
-        if precision != self.precision {
-            self.plan = network(&self.weights)?.plan(precision)?;
-            self.precision = precision;
+    /// The same model, whose network computes on `device` in `precision`. Its identity stays: descriptors of all compare.
+    ///
+    /// Errors: a device that is not there, or does not compute so.
+    pub fn on(mut self, device: ComputeDevice, precision: Precision) -> Result<Self> {
+        if (device, precision) != (self.device, self.precision) {
+            self.network = Network::new(&network(&self.weights)?, device, precision)?;
+            (self.device, self.precision) = (device, precision);
         }
         Ok(self)
     }
@@ -85,6 +94,30 @@ impl Model {
     /// The model that the repository ships.
     pub fn shipped() -> Result<Self> {
         Self::from_bytes(SHIPPED)
+    }
+
+    /// Where its network runs.
+    pub fn device(&self) -> ComputeDevice {
+        self.device
+    }
+
+    /// How many images [`Self::describe_batch`] takes best at once.
+    pub fn batch(&self) -> usize {
+        match self.device {
+            ComputeDevice::Cpu => 1,
+            ComputeDevice::Cuda(_) => 32,
+        }
+    }
+
+    /// What an image of the model's size costs, and what the device can do at most; `None` where either is not known.
+    pub fn cost(&self) -> Option<(Cost, Limits)> {
+        match &self.network {
+            Network::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Network::Cuda(plan) => {
+                Some((plan.cost(self.spec().input_height, self.spec().input_width).ok()?, plan.on_machine(kernels::gpu::Cuda::limits)?))
+            }
+        }
     }
 
     /// What its network computes in.
@@ -116,22 +149,29 @@ impl Model {
         &self.identity
     }
 
+    /// `image` at the model's size, resized by area.
+    fn resized<'a>(&self, image: &'a RgbImage) -> Result<Cow<'a, RgbImage>> {
+        let (w, h) = (self.spec().input_width, self.spec().input_height);
+        if (image.width() as usize, image.height() as usize) == (w, h) {
+            return Ok(Cow::Borrowed(image));
+        }
+        Ok(Cow::Owned(image.resize_area(w as u32, h as u32)?))
+    }
+
+    /// Pixel to value, per channel: times the first, plus the second.
+    fn normalisation(&self) -> ([f32; 3], [f32; 3]) {
+        let spec = self.spec();
+        (std::array::from_fn(|c| 1.0 / (255.0 * spec.std[c])), std::array::from_fn(|c| -spec.mean[c] / spec.std[c]))
+    }
+
     /// Resizes by area to the model's input and normalises: three planes.
     fn planes(&self, image: &RgbImage) -> Result<Vec<f32>> {
-        let (w, h) = (self.spec().input_width, self.spec().input_height);
-        let resized;
-        let image = if (image.width() as usize, image.height() as usize) == (w, h) {
-            image
-        } else {
-            resized = image.resize_area(w as u32, h as u32)?;
-            &resized
-        };
-        let spec = self.spec();
-        let scale: [f32; 3] = std::array::from_fn(|c| 1.0 / (255.0 * spec.std[c]));
-        let shift: [f32; 3] = std::array::from_fn(|c| -spec.mean[c] / spec.std[c]);
-        let mut planes = vec![0f32; 3 * w * h];
-        let (red, rest) = planes.split_at_mut(w * h);
-        let (green, blue) = rest.split_at_mut(w * h);
+        let image = self.resized(image)?;
+        let (scale, shift) = self.normalisation();
+        let area = image.data().len() / 3;
+        let mut planes = vec![0f32; 3 * area];
+        let (red, rest) = planes.split_at_mut(area);
+        let (green, blue) = rest.split_at_mut(area);
         for (((r, g), b), pixel) in red.iter_mut().zip(green).zip(blue).zip(image.data().chunks_exact(3)) {
             *r = f32::from(pixel[0]) * scale[0] + shift[0];
             *g = f32::from(pixel[1]) * scale[1] + shift[1];
@@ -147,28 +187,78 @@ impl Model {
     }
 
     /// The global descriptor of one image, 448-d.
+    ///
+    /// Errors: the device's.
     pub fn describe(&self, image: &RgbImage) -> Result<Descriptor> {
-        self.describe_planes(&self.planes(image)?, self.spec().input_height, self.spec().input_width)
+        match &self.network {
+            Network::Cpu(plan) => self.describe_planes(plan, &self.planes(image)?, self.spec().input_height, self.spec().input_width),
+            #[cfg(feature = "cuda")]
+            Network::Cuda(_) => {
+                let mut all = self.describe_batch(std::slice::from_ref(image))?;
+                all.pop().ok_or_else(|| Error::Device { reason: "no descriptor came back".into() })
+            }
+        }
+    }
+
+    /// The descriptors of several images, in order: on a GPU in batches, which is what it is fast at.
+    ///
+    /// Errors: the device's.
+    pub fn describe_batch(&self, images: &[RgbImage]) -> Result<Vec<Descriptor>> {
+        match &self.network {
+            Network::Cpu(_) => images.iter().map(|i| self.describe(i)).collect(),
+            #[cfg(feature = "cuda")]
+            Network::Cuda(plan) => {
+                let (w, h) = (self.spec().input_width, self.spec().input_height);
+                let (scale, shift) = self.normalisation();
+                let mut out = Vec::with_capacity(images.len());
+                let mut pixels = Vec::new();
+                for batch in images.chunks(kernels::gpu::MAX_BATCH) {
+                    pixels.clear();
+                    for image in batch {
+                        pixels.extend_from_slice(self.resized(image)?.data());
+                    }
+                    let normalise = kernels::gpu::Normalise { scale, shift };
+                    let pooled = plan.pooled(&pixels, (batch.len(), h, w), &normalise, self.spec().pooling)?;
+                    for row in pooled.chunks_exact(DIM) {
+                        let mut at = 0;
+                        let taps = TAP_CHANNELS.map(|c| {
+                            at += c;
+                            row[at - c..at].to_vec()
+                        });
+                        out.push(self.joined(taps.into())?);
+                    }
+                }
+                Ok(out)
+            }
+        }
     }
 
     /// The global descriptor of one preprocessed image (1 x 3 x H x W).
     ///
-    /// Errors: another shape, or sides below [`MIN_SIDE`].
+    /// Errors: another shape, sides below [`MIN_SIDE`], or a model that runs on a GPU, which takes pixels.
     pub fn describe_tensor(&self, x: &Tensor) -> Result<Descriptor> {
         let (n, channels, height, width) = x.dims4()?;
         if (n, channels) != (1, 3) || height < MIN_SIDE || width < MIN_SIDE {
             return Err(Error::image(format!("a descriptor is of 1 x 3 x H x W, sides of {MIN_SIDE} and more, not of {:?}", x.dims())));
         }
-        self.describe_planes(&x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?, height, width)
+        match &self.network {
+            Network::Cpu(plan) => self.describe_planes(plan, &x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?, height, width),
+            #[cfg(feature = "cuda")]
+            Network::Cuda(_) => Err(Error::Device { reason: format!("{} takes images, not tensors", self.device) }),
+        }
     }
 
-    fn describe_planes(&self, image: &[f32], height: usize, width: usize) -> Result<Descriptor> {
+    fn describe_planes(&self, plan: &Plan, image: &[f32], height: usize, width: usize) -> Result<Descriptor> {
         // A code is always a number: what is none must not become one.
         if self.precision == Precision::Int8 && !image.iter().all(|v| v.is_finite()) {
             return Err(Error::image("a value of the image is not a number"));
         }
+        self.joined(plan.pooled(image, height, width, self.spec().pooling))
+    }
+
+    /// The descriptor of pooled taps.
+    fn joined(&self, mut pooled: Vec<Vec<f32>>) -> Result<Descriptor> {
         let norm = |v: &[f32]| (v.iter().map(|x| x * x).sum::<f32>() + 1e-12).sqrt();
-        let mut pooled = self.plan.pooled(image, height, width, self.spec().pooling);
         if self.spec().tap_norm {
             for tap in &mut pooled {
                 let n = norm(tap);

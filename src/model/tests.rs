@@ -190,7 +190,7 @@ proptest! {
 /// The shipped model in 8 bits: the same descriptor but for rounding, whatever the number of threads, and the same identity.
 #[test]
 fn int8_describes_as_f32_does() {
-    let (full, coarse) = (Model::shipped().unwrap(), Model::shipped().unwrap().with_precision(Precision::Int8).unwrap());
+    let (full, coarse) = (Model::shipped().unwrap(), Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Int8).unwrap());
     assert_eq!(full.identity(), coarse.identity());
     for seed in 0..4u64 {
         let smooth = |x: f32, y: f32, c: f32| 127.0 + 120.0 * ((x * (0.02 + 0.01 * seed as f32) + c).sin() * (y * 0.03 - c).cos());

@@ -22,6 +22,7 @@ fn frame(seconds: f64, at: f64) -> Frame {
         descriptor: place(at, (seconds * 1e3) as u64),
         luma_std: 40.0,
         median_depth_m: None,
+        glance: None,
         odom_from_base: None,
         features: None,
         calibration: None,
@@ -356,5 +357,33 @@ proptest! {
             }
         }
         prop_assert_eq!(all, run().0);
+    }
+}
+
+/// Without odometry a parked robot added a keyframe for every lorry that stopped before it.
+#[test]
+fn what_passes_a_parked_robot_is_no_keyframe() {
+    // A wall of tiles, of which `moved` columns of ten show something else.
+    let picture = |moved: u32, seed: u64| {
+        let tile = |x: u32, y: u32| if x / 32 < moved { seed } else { 0 } + u64::from(x / 8 + 100 * (y / 8));
+        let data = (0..240u32)
+            .flat_map(|y| (0..320u32).map(move |x| (x, y)))
+            .flat_map(|(x, y)| [(128.0 + 100.0 * crate::test_noise(tile(x, y), 5)) as u8; 3])
+            .collect();
+        crate::image::RgbImage::new(320, 240, data).unwrap().glance().ok()
+    };
+    let mut d = detector(|_| {});
+    let mut step = |seconds: f64, at: f64, glance| d.process(Frame { glance, ..frame(seconds, at) }).unwrap();
+    assert!(matches!(step(0.0, 0.0, picture(0, 0)), Step::Keyframe(_)));
+    // The descriptor says another place each time.
+    assert_eq!(step(1.0, 20.0, picture(3, 7_000)), Step::Skipped(Skip::Stationary));
+    assert_eq!(step(2.0, 40.0, picture(2, 9_000)), Step::Skipped(Skip::Stationary));
+    assert!(matches!(step(3.0, 40.0, picture(8, 9_000)), Step::Keyframe(_)));
+    // Not asked where the setting says so, nor where there is nothing to ask.
+    assert!(matches!(step(4.0, 20.0, None), Step::Keyframe(_)));
+    let mut d = detector(|c| c.keyframe.max_still_share = 1.0);
+    for (i, moved) in [0, 2].into_iter().enumerate() {
+        let glance = picture(moved, 7_000);
+        assert!(matches!(d.process(Frame { glance, ..frame(i as f64, 20.0 * i as f64) }).unwrap(), Step::Keyframe(_)));
     }
 }

@@ -3,7 +3,7 @@
 //! A peer is a Python program that does one round for each line it reads and answers with the
 //! seconds it took. Our rounds and the peer's take turns, so that both see the same machine.
 
-use crate::common;
+use crate::common::{self, ComputeArg};
 use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use clap::builder::TypedValueParser;
@@ -18,7 +18,7 @@ use structvpr::features::{CompactFeatures, Features};
 use structvpr::geometry::{mutual_matches, verify, VerifyConfig, View};
 use structvpr::image::{RawImage, RgbImage};
 use structvpr::map::{Hit, Index, Keyframe, Map};
-use structvpr::model::{Architecture, LocalNet, LocalWeights, Precision};
+use structvpr::model::{Architecture, ComputeDevice, LocalNet, LocalWeights, Model, Precision, MAX_SIDE, MIN_SIDE};
 use structvpr::pipeline::{Frame, LoopDetector};
 use structvpr::simd::Isa;
 
@@ -27,7 +27,8 @@ pub struct Args {
     /// What to measure.
     #[arg(long, value_delimiter = ',', default_value = "descriptor,superpoint,matching,verification,search,pipeline", value_parser = ["descriptor", "superpoint", "matching", "verification", "search", "pipeline"])]
     only: Vec<String>,
-    /// Measure faiss (search), ONNX Runtime (descriptor, superpoint) and OpenCV (matching) in the same run; scripts/bench_peers installs them.
+    /// Measure faiss (search), ONNX Runtime, OpenVINO (descriptor), ncnn (superpoint) and OpenCV (matching) in the same run;
+    /// scripts/bench_peers installs them.
     #[arg(long)]
     peers: bool,
     /// Python with the peers' packages.
@@ -36,6 +37,16 @@ pub struct Args {
     /// Weight file of the descriptor; the shipped model if none is given.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Where the descriptor is measured: cpu, or cuda:N in a build with --features cuda, in f32 and f16, one image and batches, with
+    /// the share of what the device can do at most.
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
+    device: ComputeDevice,
+    /// Sizes that the descriptor is measured at; empty: the model's own.
+    #[arg(long, value_delimiter = ',', default_value = "480x640,240x320,224x224", value_name = "HxW,...", value_parser = size)]
+    sizes: Vec<(usize, usize)>,
+    /// Also draw the ratios to the peers: an SVG.
+    #[arg(long, requires = "peers", value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
     /// Rounds of each measurement.
     #[arg(long, default_value_t = 40)]
     rounds: usize,
@@ -76,11 +87,18 @@ pub fn run(args: Args) -> Result<ExitCode> {
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot set the number of threads")?;
     let mut rows = Vec::new();
     if args.only.iter().any(|o| o == "descriptor") {
-        rows.push(descriptor(&args, Precision::F32)?);
-        rows.push(descriptor(&args, Precision::Int8)?);
+        if args.device == ComputeDevice::Cpu {
+            rows.extend(descriptors(&args)?);
+        } else {
+            rows.extend(descriptor_on(&args, Precision::F32)?);
+            rows.extend(descriptor_on(&args, Precision::F16)?);
+        }
     }
     if args.only.iter().any(|o| o == "superpoint") {
-        rows.push(superpoint(&args)?);
+        rows.push(superpoint(&args, Runtime::Onnx)?);
+        if args.peers {
+            rows.push(superpoint(&args, Runtime::Ncnn)?);
+        }
     }
     if args.only.iter().any(|o| o == "matching") {
         rows.push(matching(&args)?);
@@ -96,11 +114,16 @@ pub fn run(args: Args) -> Result<ExitCode> {
     if args.only.iter().any(|o| o == "pipeline") {
         rows.push(pipeline(&args)?);
     }
+    let machine = format!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
+    if let Some(path) = &args.plot {
+        let title = format!("time over the peer's, {} thread(s), {}", args.threads, processor());
+        structvpr::error::write_file(path, plot(&rows, &title)?.as_bytes())?;
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
+    println!("{machine}");
     for r in rows {
         print!("{:36} median {:9.3} ms  p95 {:9.3} ms", r.what, r.median_ms, r.p95_ms);
         if let (Some(peer), Some(ms), Some(ratio)) = (r.peer, r.peer_median_ms, r.ratio) {
@@ -109,6 +132,53 @@ pub fn run(args: Args) -> Result<ExitCode> {
         println!("{}", r.check.map(|c| format!("   {c}")).unwrap_or_default());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn size(text: &str) -> Result<(usize, usize), String> {
+    let side = |t: &str| t.parse().ok().filter(|n| (MIN_SIDE..=MAX_SIDE).contains(n));
+    let both = text.split_once('x').and_then(|(h, w)| Some((side(h)?, side(w)?)));
+    both.ok_or_else(|| format!("HEIGHTxWIDTH, {MIN_SIDE} to {MAX_SIDE} each"))
+}
+
+/// The ratios as bars; left of the line is faster than the peer.
+fn plot(rows: &[Row], title: &str) -> Result<String> {
+    use plotters::prelude::*;
+    let all: Vec<(String, f64)> =
+        rows.iter().filter_map(|r| Some((format!("{} : {}", r.what.trim(), r.peer.as_ref()?), r.ratio?))).collect();
+    ensure!(!all.is_empty(), "--plot: nothing of --only has a peer");
+    let most = all.iter().map(|(_, r)| *r).fold(1.0, f64::max) * 1.12;
+    let (n, mut svg) = (all.len(), String::new());
+    {
+        let root = SVGBackend::with_string(&mut svg, (760, 70 + 24 * n as u32)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(title, ("sans-serif", 15))
+            .margin(8)
+            .x_label_area_size(24)
+            .y_label_area_size(360)
+            .build_cartesian_2d(0f64..most, (0..n).into_segmented())?;
+        let label = |s: &SegmentValue<usize>| match s {
+            SegmentValue::CenterOf(i) => all.get((n - 1).saturating_sub(*i)).map(|r| r.0.clone()).unwrap_or_default(),
+            _ => String::new(),
+        };
+        let mesh = &mut chart.configure_mesh();
+        mesh.disable_y_mesh().light_line_style(TRANSPARENT).bold_line_style(BLACK.mix(0.15)).y_labels(n).y_label_formatter(&label);
+        mesh.x_label_formatter(&|v| format!("{v:.1}")).draw()?;
+        for (i, (_, ratio)) in all.iter().enumerate() {
+            let slot = n - 1 - i;
+            let fill = if *ratio <= 1.0 { RGBColor(46, 125, 50) } else { RGBColor(198, 40, 40) };
+            let ends = [(0.0, SegmentValue::Exact(slot)), (*ratio, SegmentValue::Exact(slot + 1))];
+            let mut bar = Rectangle::new(ends, fill.mix(0.85).filled());
+            bar.set_margin(4, 4, 0, 0);
+            chart.draw_series([bar])?;
+            let at = (ratio + most * 0.008, SegmentValue::CenterOf(slot));
+            chart.draw_series([Text::new(format!("{ratio:.2}"), at, ("sans-serif", 13))])?;
+        }
+        let line = vec![(1.0, SegmentValue::Exact(0)), (1.0, SegmentValue::Exact(n))];
+        chart.draw_series([PathElement::new(line, BLACK.stroke_width(1))])?;
+        root.present()?;
+    }
+    Ok(svg)
 }
 
 fn processor() -> String {
@@ -254,18 +324,69 @@ fn search(args: &Args, n: usize) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Against ONNX Runtime in f32, whatever ours computes in.
-fn descriptor(args: &Args, precision: Precision) -> Result<Row> {
-    let model = common::load_model(args.model.as_deref(), precision)?;
+/// The descriptor at every size: in f32 against the peers' f32, in 8 bits against ONNX Runtime's f32 and OpenVINO's bf16, which is what
+/// others have below f32.
+fn descriptors(args: &Args) -> Result<Vec<Row>> {
+    let shipped = common::load_model(args.model.as_deref(), ComputeArg::default())?;
+    let own = (shipped.spec().input_height, shipped.spec().input_width);
+    let sizes = if args.sizes.is_empty() { vec![own] } else { args.sizes.clone() };
+    let mut rows = Vec::new();
+    for size in sizes {
+        let mut weights = shipped.weights().clone();
+        (weights.spec.input_height, weights.spec.input_width) = size;
+        let model = Model::new(weights)?;
+        for peer in [Runtime::Onnx, Runtime::OpenVino] {
+            if args.peers || peer == Runtime::Onnx {
+                rows.push(descriptor(args, &model, peer)?);
+            }
+        }
+        let model = model.on(ComputeDevice::Cpu, Precision::Int8)?;
+        for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
+            if args.peers && (peer == Runtime::Onnx || has_bf16()) || peer == Runtime::Onnx {
+                rows.push(descriptor(args, &model, peer)?);
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// OpenVINO falls back to f32 without these instructions.
+fn has_bf16() -> bool {
+    std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|info| info.contains("avx512_bf16"))
+}
+
+/// Who runs the peer's network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Runtime {
+    Onnx,
+    OpenVino,
+    OpenVinoBf16,
+    Ncnn,
+}
+
+impl Runtime {
+    /// As the peers' scripts know it, and as the table does.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Onnx => ("onnxruntime", "ONNX Runtime"),
+            Self::OpenVino => ("openvino", "OpenVINO"),
+            Self::OpenVinoBf16 => ("openvino-bf16", "OpenVINO bf16"),
+            Self::Ncnn => ("ncnn", "ncnn"),
+        }
+    }
+}
+
+fn descriptor(args: &Args, model: &Model, runtime: Runtime) -> Result<Row> {
     let (w, h) = (model.spec().input_width, model.spec().input_height);
     let pixels = (0..3 * w * h).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
     let x = model.preprocess(&RgbImage::new(w as u32, h as u32, pixels)?)?;
     let dir = tempfile::tempdir()?;
+    let (script, name) = runtime.names();
     let peer = if args.peers {
         let data = x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
         std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: 3 * h, cols: w, data }))?;
         std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
-        Some(Peer::start(args, "descriptor.py", &[dir.path()])?)
+        Some(Peer::start(args, "descriptor.py", &[dir.path(), Path::new(script)])?)
     } else {
         None
     };
@@ -283,12 +404,60 @@ fn descriptor(args: &Args, precision: Precision) -> Result<Row> {
             let path = dir.path().join("descriptor.npy");
             let m = structvpr::eval::read_matrix(&std::fs::read(&path).context("the peer left no descriptor.npy")?)?;
             let worst = m.data.iter().zip(d.as_slice()).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
-            ensure!(precision == Precision::Int8 || worst <= 1e-4, "the descriptor differs from ONNX Runtime's by {worst:.1e}");
+            // Below f32 either side has its own.
+            let exact = model.precision() == Precision::F32 && runtime != Runtime::OpenVinoBf16;
+            ensure!(!exact || worst <= 1e-4, "the descriptor differs from {name}'s by {worst:.1e}");
             Some(format!("largest difference {worst:.1e}"))
         }
         _ => None,
     };
-    Ok(row(format!("descriptor {h}x{w} {precision}"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+    Ok(row(format!("descriptor {h}x{w} {}", model.precision()), ours, theirs.map(|t| (name, t)), check))
+}
+
+/// Batches that are measured on a GPU.
+const BATCHES: [usize; 4] = [1, 4, 16, 32];
+
+/// On a GPU: pixels to descriptor, one image and batches, upload and download included; checked against the processor's.
+fn descriptor_on(args: &Args, precision: Precision) -> Result<Vec<Row>> {
+    let load = |device, compute| common::load_model(args.model.as_deref(), ComputeArg { device, compute });
+    let model = load(args.device, precision)?;
+    let (w, h) = (model.spec().input_width, model.spec().input_height);
+    let most = BATCHES[BATCHES.len() - 1];
+    let image = |n: usize| {
+        let pixels = (0..3 * w * h).map(|i| ((i / 24 * 2_654_435_761 + n * 97) >> 13) as u8).collect();
+        RgbImage::new(w as u32, h as u32, pixels)
+    };
+    let images = (0..most).map(image).collect::<structvpr::error::Result<Vec<_>>>()?;
+    let ours = model.describe_batch(&images)?;
+    let reference = load(ComputeDevice::Cpu, Precision::F32)?;
+    let mut worst = 0f32;
+    for (a, image) in ours.iter().zip(&images) {
+        let b = reference.describe(image)?;
+        worst = a.as_slice().iter().zip(b.as_slice()).map(|(a, b)| (a - b).abs()).fold(worst, f32::max);
+    }
+    let allowed = if precision == Precision::F16 { 2e-3 } else { 1e-4 };
+    ensure!(worst <= allowed, "the descriptor on {} in {precision} differs from the processor's by {worst:.1e}", args.device);
+    let mut rows = Vec::new();
+    for n in BATCHES {
+        let one = || model.describe_batch(&images[..n]).map(drop).map_err(anyhow::Error::from);
+        let (mut times, _) = rounds(args.rounds, one, None)?;
+        let each = median(&mut times) / n as f64;
+        let shares = model.cost().map(|(cost, limits)| {
+            let product = if precision == Precision::F16 { limits.f16 } else { limits.f32 };
+            let arithmetic = cost.products / product + cost.others / limits.f32;
+            format!(
+                ", {:.0} % of its memory's, {:.0} % of its arithmetic's limit",
+                100.0 * cost.bytes / limits.memory / each,
+                100.0 * arithmetic / each
+            )
+        });
+        let mut check = format!("{:.0} images/s{}", 1.0 / each, shares.unwrap_or_default());
+        if n == 1 {
+            check += &format!(", largest difference from cpu f32 {worst:.1e}");
+        }
+        rows.push(row(format!("descriptor {h}x{w} {precision} {} x{n}", args.device), times, None, Some(check)));
+    }
+    Ok(rows)
 }
 
 /// Keyframes of the map that [`pipeline`] looks through.
@@ -296,9 +465,15 @@ const PLACES: usize = 10_000;
 
 /// Bytes of a camera's image to the decision, beside the descriptor's own time in turns with it.
 fn pipeline(args: &Args) -> Result<Row> {
-    let model = common::load_model(args.model.as_deref(), Precision::F32)?;
+    let model = common::load_model(args.model.as_deref(), ComputeArg { device: args.device, compute: Precision::F32 })?;
     let (w, h) = (model.spec().input_width, model.spec().input_height);
-    let x = model.preprocess(&RgbImage::new(w as u32, h as u32, vec![90; 3 * w * h])?)?;
+    let sized = RgbImage::new(w as u32, h as u32, vec![90; 3 * w * h])?;
+    let x = model.preprocess(&sized)?;
+    let describe = || match model.device() {
+        ComputeDevice::Cpu => model.describe_tensor(&x),
+        // Pixels are what a GPU takes.
+        ComputeDevice::Cuda(_) => model.describe(&sized),
+    };
     let mut map = Map::new(model.identity().clone());
     let keyframe = |i: usize| Keyframe {
         robot: 0,
@@ -317,7 +492,7 @@ fn pipeline(args: &Args) -> Result<Row> {
     while whole.len() < args.rounds {
         for i in 0..TURN {
             let began = Instant::now();
-            model.describe_tensor(&x)?;
+            describe()?;
             alone.extend((i > 0).then_some(began.elapsed().as_secs_f64()));
         }
         for i in 0..TURN {
@@ -333,6 +508,7 @@ fn pipeline(args: &Args) -> Result<Row> {
                 descriptor: model.describe(&image)?,
                 luma_std: image.luma_stats().1,
                 median_depth_m: None,
+                glance: Some(image.glance()?),
                 odom_from_base: None,
                 features: None,
                 calibration: None,
@@ -358,7 +534,8 @@ fn noise(seed: usize, n: usize) -> impl Iterator<Item = f32> {
 }
 
 /// SuperPoint with random weights: its speed does not depend on them.
-fn superpoint(args: &Args) -> Result<Row> {
+fn superpoint(args: &Args, runtime: Runtime) -> Result<Row> {
+    let (script, peers_name) = runtime.names();
     let mut tensors = std::collections::BTreeMap::new();
     for (at, (name, shape)) in Architecture::SuperpointVgg.tensors().into_iter().enumerate() {
         let fan_in: usize = shape.iter().skip(1).product();
@@ -376,7 +553,7 @@ fn superpoint(args: &Args) -> Result<Row> {
         let data = pixels.iter().map(|v| f64::from(*v)).collect();
         std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: h, cols: w, data }))?;
         std::fs::write(dir.path().join("model.safetensors"), weights.to_bytes(candle_core::DType::F32)?)?;
-        Some(Peer::start(args, "superpoint.py", &[dir.path()])?)
+        Some(Peer::start(args, "superpoint.py", &[dir.path(), Path::new(script)])?)
     } else {
         None
     };
@@ -397,12 +574,12 @@ fn superpoint(args: &Args) -> Result<Row> {
             let mine = dense.logits.flatten_all()?.to_vec1::<f32>()?;
             let worst = m.data.iter().zip(&mine).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
             let range = m.data.iter().fold(0f64, |m, v| m.max(v.abs()));
-            ensure!(worst <= 1e-3 * range.max(1.0), "the logits differ from ONNX Runtime's by {worst:.1e} of {range:.1}");
+            ensure!(worst <= 1e-3 * range.max(1.0), "the logits differ from {peers_name}'s by {worst:.1e} of {range:.1}");
             Some(format!("largest difference {worst:.1e} of {range:.1}"))
         }
         _ => None,
     };
-    Ok(row(format!("SuperPoint VGG {h}x{w} f32"), ours, theirs.map(|t| ("ONNX Runtime", t)), check))
+    Ok(row(format!("SuperPoint VGG {h}x{w} f32"), ours, theirs.map(|t| (peers_name, t)), check))
 }
 
 /// Features whose descriptors are noise, half of them shared by both images.

@@ -9,11 +9,11 @@ use structvpr::dataset::Sample;
 use structvpr::descriptor::Descriptor;
 use structvpr::error::{read_file, write_file};
 use structvpr::image::RgbImage;
-use structvpr::model::{Model, Precision};
+use structvpr::model::{ComputeDevice, Model, Precision};
 use structvpr::rerank::Reranker;
 
 /// Loads `path`, or the shipped model, whose name is then printed.
-pub fn load_model(path: Option<&Path>, precision: Precision) -> Result<Model> {
+pub fn load_model(path: Option<&Path>, on: ComputeArg) -> Result<Model> {
     let model = match path {
         Some(path) => Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?,
         None => {
@@ -22,14 +22,18 @@ pub fn load_model(path: Option<&Path>, precision: Precision) -> Result<Model> {
             model
         }
     };
-    Ok(model.with_precision(precision)?)
+    Ok(model.on(on.device, on.compute)?)
 }
 
-/// What a model computes in, as several commands take it.
-#[derive(clap::Args, Clone, Copy)]
+/// Where a model runs and what it computes in, as several commands take it.
+#[derive(clap::Args, Clone, Copy, Default)]
 pub struct ComputeArg {
-    /// What the network computes in: f32, or int8, which is faster where the processor has VNNI; descriptors of both compare.
-    #[arg(long, default_value = "f32", value_name = "f32|int8")]
+    /// Where the network runs: cpu, or cuda:N in a build with --features cuda.
+    #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
+    pub device: ComputeDevice,
+    /// What the network computes in: f32; int8 (cpu), which is faster where the processor has VNNI; f16 (cuda). Descriptors of all
+    /// compare.
+    #[arg(long, default_value = "f32", value_name = "f32|f16|int8")]
     pub compute: Precision,
 }
 
@@ -93,16 +97,17 @@ pub fn load_image(path: &Path) -> structvpr::error::Result<RgbImage> {
 /// Descriptors of all samples, in order, in parallel.
 pub fn describe_all(model: &Model, samples: &[Sample], what: &'static str) -> Result<Vec<Descriptor>> {
     let bar = progress(samples.len() as u64, what);
-    let all = samples
-        .par_iter()
-        .map(|s| {
-            let d = model.describe(&load_image(&s.path)?).map_err(|e| e.at(&s.path));
-            bar.inc(1);
-            d
+    let parts = samples
+        .par_chunks(model.batch())
+        .map(|part| {
+            let images = part.iter().map(|s| load_image(&s.path)).collect::<structvpr::error::Result<Vec<_>>>()?;
+            let all = model.describe_batch(&images).map_err(|e| e.at(&part[0].path));
+            bar.inc(part.len() as u64);
+            all
         })
         .collect::<structvpr::error::Result<Vec<_>>>()?;
     bar.finish_and_clear();
-    Ok(all)
+    Ok(parts.concat())
 }
 
 /// Makes the folder and says which one if that fails.

@@ -32,7 +32,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         let (q, r) = if is_descriptors {
             common::read_descriptor_pair(source).with_context(|| format!("method {name}"))?
         } else {
-            let model = common::load_model(Some(source).filter(|s| !s.is_empty()).map(Path::new), args.compute.compute)?;
+            let model = common::load_model(Some(source).filter(|s| !s.is_empty()).map(Path::new), args.compute)?;
             (common::describe_all(&model, &data.queries, "queries")?, common::describe_all(&model, &data.references, "references")?)
         };
         rows.push((name.to_string(), eval::score(&data, &q, &r).with_context(|| format!("method {name}"))?));

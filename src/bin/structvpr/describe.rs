@@ -28,7 +28,7 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
-    let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
+    let model = common::load_model(args.model.as_deref(), args.compute)?;
     let sequence = replay::open(&args.input, &SourceOptions { topic: args.topic.clone(), ..SourceOptions::default() })?;
     let bar = common::progress(sequence.len_hint(), "images");
     let (mut descriptors, mut table, mut failed) = (Vec::new(), csv::Writer::from_writer(Vec::new()), 0usize);

@@ -102,8 +102,8 @@ fn skipped(done: &Finished, say: Say) {
             Skip::Stationary => (
                 "show no movement since the last keyframe",
                 format!(
-                    "if the robot did move: is the odometry right (try --no-odometry)? Else lower keyframe.min_distance_m (now {}) or keyframe.min_descriptor_change (now {})",
-                    config.keyframe.min_distance_m, config.keyframe.min_descriptor_change
+                    "if the robot did move: is the odometry right (try --no-odometry)? Else lower keyframe.min_distance_m (now {}) or keyframe.min_descriptor_change (now {}); if most of the picture is the robot itself, raise keyframe.max_still_share (now {})",
+                    config.keyframe.min_distance_m, config.keyframe.min_descriptor_change, config.keyframe.max_still_share
                 ),
             ),
             Skip::TimeJump => ("have a stamp before the last keyframe's", "the clock jumped back, or the bag was looped: replay each part alone with --map".to_string()),

@@ -100,7 +100,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
             (q, r, None)
         }
         None => {
-            let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
+            let model = common::load_model(args.model.as_deref(), args.compute)?;
             let q = common::describe_all(&model, &dataset.queries, "queries")?;
             let r = common::describe_all(&model, &dataset.references, "references")?;
             (q, r, Some(model))

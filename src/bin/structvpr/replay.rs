@@ -147,7 +147,7 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
         }
         None => None,
     };
-    let model = common::load_model(args.model.as_deref(), args.compute.compute)?;
+    let model = common::load_model(args.model.as_deref(), args.compute)?;
     let (mut store, map) = match &args.map {
         Some(path) => {
             let opened = Store::open(path, model.identity(), &model.preprocessing(), f64::from(DURABLE_S))?;

@@ -1,8 +1,7 @@
 //! Convolution of any kernel and stride over pixels whose channels lie side by side: a matrix product over the patches.
 //! Inference only.
 
-use super::pointwise::{panel, Packed, Pixels};
-use super::vector::Vector;
+use super::pointwise::{product, Packed};
 use super::{channels_last, contiguous, Activation, Isa};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
@@ -95,10 +94,10 @@ impl CustomOp1 for Op {
                         &patches[..]
                     };
                     if outputs == self.weights.packed.outputs {
-                        self.row(pixels, w, out);
+                        product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, out);
                     } else {
                         output.resize(w * self.weights.packed.outputs, 0.0);
-                        self.row(pixels, w, output);
+                        product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, output);
                         for (to, from) in out.chunks_exact_mut(outputs).zip(output.chunks_exact(self.weights.packed.outputs)) {
                             to.copy_from_slice(&from[..outputs]);
                         }
@@ -131,46 +130,6 @@ impl Op {
                 part[(left + inside) * inputs..].fill(0.0);
             }
         }
-    }
-
-    fn row(&self, pixels: &[f32], n: usize, out: &mut [f32]) {
-        match self.weights.isa {
-            // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { row_avx512(self, pixels, n, out) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { row_avx2(self, pixels, n, out) },
-            // SAFETY: plain arrays need no instruction set.
-            _ => unsafe { row::<[f32; 4]>(self, pixels, n, out) },
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn row_avx512(op: &Op, pixels: &[f32], n: usize, out: &mut [f32]) {
-    // SAFETY: the features of this function.
-    unsafe { row::<std::arch::x86_64::__m512>(op, pixels, n, out) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn row_avx2(op: &Op, pixels: &[f32], n: usize, out: &mut [f32]) {
-    // SAFETY: the features of this function.
-    unsafe { row::<std::arch::x86_64::__m256>(op, pixels, n, out) }
-}
-
-/// # Safety
-///
-/// The processor has the instruction set of `V`, for which the weights were packed.
-#[inline(always)]
-unsafe fn row<V: Vector>(op: &Op, pixels: &[f32], n: usize, out: &mut [f32]) {
-    let packed = &op.weights.packed;
-    let x = Pixels { data: pixels, stride: packed.inputs };
-    for at in 0..packed.panels() {
-        // SAFETY: the caller's promise.
-        unsafe { panel::<V>(packed, at, n, x, None, op.activation, out) }
     }
 }
 

@@ -6,6 +6,8 @@
 mod bias_act;
 mod depthwise;
 mod direct;
+#[cfg(any(test, feature = "cuda"))]
+pub(super) mod gpu;
 mod int8;
 mod plan;
 mod pointwise;
@@ -16,7 +18,8 @@ mod winograd;
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
-pub use plan::{Plan, PlanBlock, Precision};
+pub use plan::{Plan, PlanBlock};
+pub use pointwise::Products;
 pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};

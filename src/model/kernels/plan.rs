@@ -36,37 +36,6 @@ pub struct PlanBlock<'a> {
     pub tap: bool,
 }
 
-/// What the 1x1 convolutions compute in; they are nine tenths of the arithmetic.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Precision {
-    /// 32-bit floating point.
-    #[default]
-    F32,
-    /// 8-bit weights and values, exact sums: for processors with VNNI, and for AVX2.
-    Int8,
-}
-
-impl std::str::FromStr for Precision {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "f32" => Ok(Self::F32),
-            "int8" => Ok(Self::Int8),
-            _ => Err("f32 or int8".into()),
-        }
-    }
-}
-
-impl std::fmt::Display for Precision {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Int8 => "int8",
-        })
-    }
-}
-
 #[derive(Debug)]
 enum Pointwise {
     F32(Packed),
@@ -106,7 +75,7 @@ struct Block {
 #[derive(Debug)]
 pub struct Plan {
     isa: Isa,
-    precision: Precision,
+    int8: bool,
     stem: Stem,
     blocks: Vec<Block>,
     pads: fn(usize, usize, usize) -> Pad,
@@ -122,14 +91,13 @@ const WHOLE: usize = 3 << 19;
 const GROUP: usize = 80;
 
 impl Plan {
-    /// From the stem's weight (32 x 27) and bias, and the blocks. `pads` gives the border of a 3x3 at height, width and
+    /// From the stem's weight (32 x 27) and bias, and the blocks; with `int8` the 1x1 convolutions are products of 8-bit codes. `pads` gives the border of a 3x3 at height, width and
     /// stride; at most one row and column at the top and left.
-    pub fn new(precision: Precision, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), precision, stem, blocks, pads)
+    pub fn new(int8: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        Self::on(Isa::detect(), int8, stem, blocks, pads)
     }
 
-    fn on(isa: Isa, precision: Precision, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        let int8 = precision == Precision::Int8;
+    fn on(isa: Isa, int8: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
         let isa = if int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
         let pack = |(weight, bias): (&[f32], &[f32]), signed| {
@@ -149,7 +117,7 @@ impl Plan {
             residual: b.residual,
             tap: b.tap,
         };
-        Self { isa, precision, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
+        Self { isa, int8, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
     }
 
     /// Of every tap the pooled channels, one tap after the other. `image`: three planes of `height` x `width`.
@@ -206,23 +174,23 @@ impl Plan {
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
             failed: AtomicBool::new(false),
         };
-        let work = |scratch: &mut [f32]| match (self.isa, self.precision) {
+        let work = |scratch: &mut [f32]| match (self.isa, self.int8) {
             // SAFETY: the plan was packed for what `Isa::detect` found on this processor, or for less.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, Precision::F32) => unsafe { work_avx512(&shared, scratch) },
+            (Isa::Avx512, false) => unsafe { work_avx512(&shared, scratch) },
             // SAFETY: as above; a plan in 8 bits is packed for AVX-512 only where VNNI is.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, Precision::Int8) => unsafe { work_vnni(&shared, scratch) },
+            (Isa::Avx512, true) => unsafe { work_vnni(&shared, scratch) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, Precision::F32) => unsafe { work_avx2::<false>(&shared, scratch) },
+            (Isa::Avx2, false) => unsafe { work_avx2::<false>(&shared, scratch) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, Precision::Int8) => unsafe { work_avx2::<true>(&shared, scratch) },
+            (Isa::Avx2, true) => unsafe { work_avx2::<true>(&shared, scratch) },
             // SAFETY: plain arrays need no instruction set.
-            (_, Precision::F32) => unsafe { work::<[f32; 4], false>(&shared, scratch) },
+            (_, false) => unsafe { work::<[f32; 4], false>(&shared, scratch) },
             // SAFETY: as above.
-            (_, Precision::Int8) => unsafe { work::<[f32; 4], true>(&shared, scratch) },
+            (_, true) => unsafe { work::<[f32; 4], true>(&shared, scratch) },
         };
         match scratch.as_mut_slice() {
             [] => {}
@@ -944,10 +912,10 @@ mod tests {
         }
 
         fn plan(&self, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
-            self.plan_in(Precision::F32, isa, pads)
+            self.plan_in(false, isa, pads)
         }
 
-        fn plan_in(&self, precision: Precision, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+        fn plan_in(&self, int8: bool, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
@@ -962,7 +930,7 @@ mod tests {
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
                 });
             }
-            Plan::on(isa, precision, slices(&self.stem), &blocks, pads)
+            Plan::on(isa, int8, slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
@@ -1052,7 +1020,7 @@ mod tests {
             let want = net.taps(&image, h, w, pads);
             let mut first: Option<Vec<Vec<f32>>> = None;
             for isa in Isa::available() {
-                let plan = net.plan_in(Precision::Int8, isa, pads);
+                let plan = net.plan_in(true, isa, pads);
                 let got = on_threads(1, || plan.taps(&image, h, w));
                 for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                     prop_assert_eq!(got.len(), want.data.len());

@@ -262,3 +262,113 @@ pub(super) unsafe fn activate<V: Vector>(x: V, activation: Activation) -> V {
         }
     }
 }
+
+/// `activation(x w^T + bias)` of `n` rows of `x`, to rows of `packed.outputs` values.
+pub(super) fn product(packed: &Packed, isa: Isa, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
+    assert!(isa <= Isa::detect(), "weights for {isa:?}, which this processor does not have");
+    match isa {
+        // SAFETY: the assertion: the processor has the instruction set.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { product_avx512(packed, activation, x, n, out) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { product_avx2(packed, activation, x, n, out) },
+        // SAFETY: plain arrays need no instruction set.
+        _ => unsafe { product_on::<[f32; 4]>(packed, activation, x, n, out) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn product_avx512(packed: &Packed, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { product_on::<std::arch::x86_64::__m512>(packed, activation, x, n, out) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn product_avx2(packed: &Packed, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { product_on::<std::arch::x86_64::__m256>(packed, activation, x, n, out) }
+}
+
+/// # Safety
+///
+/// The processor has the instruction set of `V`, for which the weights were packed.
+#[inline(always)]
+unsafe fn product_on<V: Vector>(packed: &Packed, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
+    let x = Pixels { data: x, stride: packed.inputs };
+    for at in 0..packed.panels() {
+        // SAFETY: the caller's promise.
+        unsafe { panel::<V>(packed, at, n, x, None, activation, out) }
+    }
+}
+
+/// Vectors packed once, for the inner products of many others with all of them.
+#[derive(Debug)]
+pub struct Products {
+    packed: Packed,
+    isa: Isa,
+}
+
+impl Products {
+    /// From whole rows of `dim` values each.
+    ///
+    /// Panics: `dim` is 0.
+    pub fn new(rows: &[f32], dim: usize) -> Self {
+        Self::on(rows, dim, Isa::detect())
+    }
+
+    fn on(rows: &[f32], dim: usize, isa: Isa) -> Self {
+        Self { packed: Packed::new(rows, &vec![0.0; rows.len() / dim], dim, isa), isa }
+    }
+
+    /// Values from one row of the products to the next: the number of vectors, rounded up to whole units, which are zero.
+    pub fn stride(&self) -> usize {
+        self.packed.outputs
+    }
+
+    /// The products of every row of `x` (whole rows of `dim` values) with every vector.
+    pub fn with(&self, x: &[f32]) -> Vec<f32> {
+        let n = x.len() / self.packed.inputs;
+        let mut out = crate::simd::zeroed(n * self.packed.outputs);
+        product(&self.packed, self.isa, Activation::None, x, n, &mut out);
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn products_are_by_the_definition(seed in any::<u64>(), n in 0usize..20, m in 1usize..90, dim in 1usize..70) {
+            let of = |seed: u64, n: usize| (0..n as u64).map(|i| crate::test_noise(seed, i)).collect::<Vec<_>>();
+            let (x, w) = (of(seed, n * dim), of(!seed, m * dim));
+            for isa in Isa::available() {
+                let all = Products::on(&w, dim, isa);
+                let (got, stride) = (all.with(&x), all.stride());
+                prop_assert_eq!(got.len(), n * stride);
+                for (i, row) in got.chunks_exact(stride).enumerate() {
+                    for (j, v) in row.iter().enumerate() {
+                        let pair = x[i * dim..][..dim].iter().zip(w.get(j * dim..(j + 1) * dim).unwrap_or_default());
+                        let want: f64 = pair.map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        prop_assert!((f64::from(*v) - want).abs() < 1e-4, "{isa:?} {i} {j}: {v} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_not_hidden() {
+        for isa in Isa::available() {
+            let all = Products::on(&[1.0, 2.0, 0.0, 1.0, f32::INFINITY, 1.0], 2, isa);
+            let got = all.with(&[f32::NAN, 1.0, 1.0, 1.0]);
+            assert!(got[..3].iter().all(|v| v.is_nan()), "{isa:?}");
+            assert_eq!(got[all.stride()..][..3], [3.0, 1.0, f32::INFINITY], "{isa:?}");
+        }
+    }
+}

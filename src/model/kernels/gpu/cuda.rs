@@ -1,0 +1,192 @@
+//! A CUDA device: one stream, memory by address, our kernels by NVRTC, matrix products by cuBLAS.
+
+use super::{Args, Machine, Product, SOURCE};
+use crate::error::{Error, Result};
+use crate::model::device::Limits;
+use candle_core::cuda_backend::cudarc;
+use cudarc::cublas::{result::gemm_ex, sys as blas, CudaBlas};
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
+};
+use cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
+use std::collections::BTreeMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// Threads of a block.
+const BLOCK: u32 = 128;
+const KERNELS: [&str; 5] = ["stem", "depthwise", "finish", "pool_strip", "pool"];
+
+// SAFETY: plain numbers, laid out as the kernels' `Args` (both are C structs of the same fields).
+unsafe impl DeviceRepr for Args {}
+
+/// One device with its stream.
+pub(crate) struct Cuda {
+    stream: Arc<CudaStream>,
+    blas: CudaBlas,
+    /// By name; in f32 and in f16.
+    kernels: BTreeMap<&'static str, [CudaFunction; 2]>,
+    /// By address.
+    memory: BTreeMap<u64, CudaSlice<u8>>,
+    /// Page-locked, so that an upload is one transfer.
+    staging: Option<PinnedHostSlice<u8>>,
+}
+
+impl std::fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "Cuda({})", self.stream.context().ordinal())
+    }
+}
+
+fn said(what: &str) -> impl Fn(cudarc::driver::DriverError) -> Error + '_ {
+    move |e| Error::Device { reason: format!("{what}: {e}") }
+}
+
+fn unknown() -> Error {
+    Error::Device { reason: "an address that was not reserved".into() }
+}
+
+impl Cuda {
+    fn context(number: usize) -> Result<Arc<CudaContext>> {
+        CudaContext::new(number).map_err(|e| Error::Device {
+            reason: format!("cuda:{number} cannot be used: {e} (nvidia-smi lists what there is; --device cpu works everywhere)"),
+        })
+    }
+
+    /// Opens a device and compiles the kernels for it.
+    ///
+    /// Errors: no driver, no such device, NVRTC's own.
+    pub fn new(number: usize) -> Result<Self> {
+        let context = Self::context(number)?;
+        // One stream for all: nothing to track between streams.
+        // SAFETY: all memory of this context that we allocate is used on this one stream.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(said("no stream"))?;
+        let (major, minor) = context.compute_capability().map_err(said("its compute capability"))?;
+        let options = CompileOptions { options: vec![format!("--gpu-architecture=compute_{major}{minor}")], ..CompileOptions::default() };
+        let ptx = compile_ptx_with_opts(SOURCE, options).map_err(|e| Error::Device { reason: format!("NVRTC: {e}") })?;
+        let module = context.load_module(ptx).map_err(said("the kernels cannot be loaded"))?;
+        let load = |name: &str, kind: &str| module.load_function(&format!("{name}_{kind}")).map_err(said("a kernel is missing"));
+        let kernels = KERNELS.into_iter().map(|name| Ok((name, [load(name, "f32")?, load(name, "f16")?])));
+        let blas = CudaBlas::new(stream.clone()).map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })?;
+        Ok(Self { blas, kernels: kernels.collect::<Result<_>>()?, memory: BTreeMap::new(), staging: None, stream })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.stream.context().name().unwrap_or_else(|e| e.to_string())
+    }
+
+    /// What it can do at most; `None` where it does not say.
+    pub fn limits(&self) -> Option<Limits> {
+        let context = self.stream.context();
+        let of = |a| context.attribute(a).ok().map(f64::from).filter(|v| *v > 0.0);
+        let units = of(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let clock = 1e3 * of(Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE)?;
+        let memory_clock = 1e3 * of(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?;
+        let bus = of(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)? / 8.0;
+        // Per unit and clock, from the CUDA programming guide's table of throughputs and the architectures' papers.
+        let (single, half) = match context.compute_capability().ok()? {
+            (7, _) => (64.0, 512.0),
+            (8, 0) => (64.0, 1024.0),
+            (8, 7) => (128.0, 1024.0),
+            (8, _) => (128.0, 512.0),
+            (9, 0) => (128.0, 2048.0),
+            _ => return None,
+        };
+        // Two transfers a clock.
+        Some(Limits { f32: units * clock * single, f16: units * clock * half, memory: 2.0 * memory_clock * bus })
+    }
+}
+
+impl Machine for Cuda {
+    fn reserve(&mut self, bytes: usize) -> Result<u64> {
+        // SAFETY: memory that is not set; every kernel writes all of what a later one reads.
+        let slice = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| Error::Device { reason: format!("{bytes} bytes: {e}") })?;
+        let address = slice.device_ptr(&self.stream).0;
+        self.memory.insert(address, slice);
+        Ok(address)
+    }
+
+    fn free(&mut self, address: u64) -> Result<()> {
+        // Given back on the stream, after all that uses it.
+        self.memory.remove(&address);
+        Ok(())
+    }
+
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        let slice = self.memory.get_mut(&to).ok_or_else(unknown)?;
+        self.stream.memcpy_htod(bytes, slice).map_err(said("upload"))
+    }
+
+    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        let failed = said("upload");
+        // SAFETY: memory that is not set; it is written before it is read.
+        let made = |context: &Arc<CudaContext>| unsafe { context.alloc_pinned(bytes.len()) }.map_err(said("page-locked memory"));
+        let staging = match self.staging.take() {
+            Some(s) if s.len() == bytes.len() => s,
+            _ => made(self.stream.context())?,
+        };
+        let staging = self.staging.insert(staging);
+        // Waits for the upload before this one, which may still read it.
+        staging.as_mut_slice().map_err(&failed)?.copy_from_slice(bytes);
+        self.stream.memcpy_htod(staging, self.memory.get_mut(&to).ok_or_else(unknown)?).map_err(&failed)
+    }
+
+    fn launch(&mut self, kernel: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
+        let Some(functions) = self.kernels.get(kernel) else { return Err(Error::Device { reason: format!("no kernel {kernel}") }) };
+        let (items, blocks) = (items as i64, items.div_ceil(BLOCK as usize) as u32);
+        let config = LaunchConfig { grid_dim: (blocks.max(1), 1, 1), block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
+        let mut launch = self.stream.launch_builder(&functions[usize::from(half)]);
+        launch.arg(&items).arg(args);
+        // SAFETY: the kernel takes a 64-bit count and `Args`; the plan laid out the memory that they name.
+        unsafe { launch.launch(config) }.map(drop).map_err(said(kernel))
+    }
+
+    fn product(&mut self, p: &Product) -> Result<()> {
+        let kind = if p.half { blas::cudaDataType_t::CUDA_R_16F } else { blas::cudaDataType_t::CUDA_R_32F };
+        let (one, zero) = (1f32, 0f32);
+        // cuBLAS takes the device from the thread, which may be another than the last time.
+        self.stream.context().bind_to_thread().map_err(said("cuBLAS"))?;
+        let scalar = |v: &f32| std::ptr::from_ref(v).cast::<c_void>();
+        let (outputs, pixels, inputs) = (p.outputs as i32, p.pixels as i32, p.inputs as i32);
+        // cuBLAS counts columns first: what it takes for y^T = w x^T is our y = x w^T.
+        // SAFETY: the three matrices lie in memory that the plan laid out for them, in these sizes.
+        unsafe {
+            gemm_ex(
+                *self.blas.handle(),
+                blas::cublasOperation_t::CUBLAS_OP_T,
+                blas::cublasOperation_t::CUBLAS_OP_N,
+                outputs,
+                pixels,
+                inputs,
+                scalar(&one),
+                p.w as *const c_void,
+                kind,
+                inputs,
+                p.x as *const c_void,
+                kind,
+                inputs,
+                scalar(&zero),
+                p.y as *mut c_void,
+                kind,
+                outputs,
+                blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })
+    }
+
+    fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
+        let slice = self.memory.get(&from).ok_or_else(unknown)?;
+        let mut bytes = vec![0u8; std::mem::size_of_val(values)];
+        self.stream.memcpy_dtoh(&slice.slice(..bytes.len()), &mut bytes).map_err(said("download"))?;
+        self.stream.synchronize().map_err(said("download"))?;
+        for (v, b) in values.iter_mut().zip(bytes.chunks_exact(4)) {
+            *v = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,283 @@
+//! The kernels' own text, compiled as C++ and run as loops, under the plan that drives CUDA: what differs on a GPU is the
+//! launch, the products (cuBLAS) and the memory. Wants a C++ compiler, which OpenCV's binding wants too.
+
+use super::*;
+use crate::model::{conv_specs, MobileNetV2, Padding};
+use candle_core::{Device, Tensor};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::ffi::{c_void, CString};
+use std::sync::OnceLock;
+
+type Kernel = unsafe extern "C" fn(i64, *const Args);
+
+/// The compiled kernels, by name and type.
+fn kernel(name: &str, half: bool) -> Kernel {
+    static LIBRARY: OnceLock<usize> = OnceLock::new();
+    let library = *LIBRARY.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, library) = (dir.path().join("mobilenet.cpp"), dir.path().join("libmobilenet.so"));
+        std::fs::write(&source, SOURCE).unwrap();
+        // -ffp-contract=off: the same bytes on every processor.
+        let flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-shared", "-fPIC"];
+        let done = std::process::Command::new("c++").args(flags).arg(&source).arg("-o").arg(&library).status();
+        assert!(done.expect("these tests compile the kernels with c++").success());
+        let path = CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: a library of plain functions, without initialisers; it stays loaded.
+        unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) as usize }
+    });
+    let name = CString::new(format!("{name}_{}", if half { "f16" } else { "f32" })).unwrap();
+    // SAFETY: dlsym reads the name; every kernel of the library has this signature.
+    unsafe {
+        let found = libc::dlsym(library as *mut c_void, name.as_ptr());
+        assert!(!found.is_null(), "{name:?}");
+        std::mem::transmute::<*mut c_void, Kernel>(found)
+    }
+}
+
+/// Memory with a margin before and after, which nobody may write.
+#[derive(Debug)]
+struct Block {
+    words: Vec<u128>,
+    bytes: usize,
+}
+
+const MARGIN: usize = 16;
+const MARK: u128 = 0x5a5a_a5a5_1234_fedc_5a5a_a5a5_1234_fedc;
+
+impl Block {
+    fn new(bytes: usize) -> Self {
+        Self { words: vec![MARK; bytes.div_ceil(16) + 2 * MARGIN], bytes }
+    }
+
+    fn address(&self) -> u64 {
+        self.words[MARGIN..].as_ptr() as u64
+    }
+
+    fn intact(&self) -> bool {
+        let marks = |words: &[u128]| words.iter().all(|w| *w == MARK);
+        let last = self.words.len() - MARGIN;
+        let tail = self.bytes % 16;
+        let end = self.words[last - usize::from(tail > 0)].to_le_bytes();
+        marks(&self.words[..MARGIN]) && marks(&self.words[last..]) && (tail == 0 || end[tail..] == MARK.to_le_bytes()[tail..])
+    }
+}
+
+/// The processor as a GPU.
+#[derive(Debug, Default)]
+struct Host {
+    memory: BTreeMap<u64, Block>,
+}
+
+impl Host {
+    fn bytes(&mut self, address: u64, len: usize) -> &mut [u8] {
+        let block = self.memory.get_mut(&address).expect("an address that was reserved");
+        assert!(len <= block.bytes, "{len} bytes of {}", block.bytes);
+        // SAFETY: the block has that many bytes, any bytes are numbers, and it is borrowed by us alone.
+        unsafe { std::slice::from_raw_parts_mut(block.address() as *mut u8, len) }
+    }
+
+    fn numbers(&mut self, address: u64, len: usize, half: bool) -> Vec<f32> {
+        let bytes = self.bytes(address, len * if half { 2 } else { 4 });
+        match half {
+            true => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+            false => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        }
+    }
+}
+
+impl Machine for Host {
+    fn reserve(&mut self, bytes: usize) -> Result<u64> {
+        let block = Block::new(bytes);
+        let address = block.address();
+        self.memory.insert(address, block);
+        Ok(address)
+    }
+
+    fn free(&mut self, address: u64) -> Result<()> {
+        assert!(self.memory.remove(&address).unwrap().intact(), "a kernel wrote past its memory");
+        Ok(())
+    }
+
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.bytes(to, bytes.len()).copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.upload(to, bytes)
+    }
+
+    fn launch(&mut self, name: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
+        // SAFETY: `Args` as the library declares it; what the kernel writes outside its blocks the margins tell.
+        unsafe { kernel(name, half)(items as i64, args) };
+        assert!(self.memory.values().all(Block::intact), "{name} wrote past its memory");
+        Ok(())
+    }
+
+    fn product(&mut self, p: &Product) -> Result<()> {
+        let (x, w) = (self.numbers(p.x, p.pixels * p.inputs, p.half), self.numbers(p.w, p.inputs * p.outputs, p.half));
+        let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(a, b)| a * b).sum::<f32>();
+        let y = x.chunks_exact(p.inputs).flat_map(|x| w.chunks_exact(p.inputs).map(move |w| dot(x, w)));
+        let bytes: Vec<u8> = match p.half {
+            true => y.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
+            false => y.flat_map(f32::to_le_bytes).collect(),
+        };
+        self.upload(p.y, &bytes)
+    }
+
+    fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
+        values.copy_from_slice(&self.numbers(from, values.len(), false));
+        Ok(())
+    }
+}
+
+fn network(padding: Padding) -> MobileNetV2 {
+    let specs = conv_specs();
+    let get = |name: &str| -> Result<Tensor> {
+        let at = specs.iter().position(|s| name.starts_with(&format!("{}.", s.name))).unwrap();
+        let s = &specs[at];
+        let fan_in: usize = s.shape[1..].iter().product();
+        let (shape, scale) =
+            if name.ends_with("bias") { (vec![s.shape[0]], 0.3) } else { (s.shape.to_vec(), (6.0 / fan_in as f32).sqrt()) };
+        let n: usize = shape.iter().product();
+        let seed = 2 * at as u64 + u64::from(name.ends_with("bias"));
+        let values: Vec<f32> = (0..n as u64).map(|i| scale * crate::test_noise(seed, i)).collect();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    };
+    MobileNetV2::new(padding, get).unwrap()
+}
+
+const NORMALISE: Normalise = Normalise { scale: [0.017, 0.018, 0.0174], shift: [-2.1, -2.0, -1.8] };
+
+/// What Candle's layers make of the same images.
+fn reference(net: &MobileNetV2, images: &[u8], (n, h, w): (usize, usize, usize), pooling: Pooling) -> Vec<f32> {
+    let value = |(i, p): (usize, &u8)| f32::from(*p) * NORMALISE.scale[i % 3] + NORMALISE.shift[i % 3];
+    let x = Tensor::from_vec(images.iter().enumerate().map(value).collect::<Vec<_>>(), (n, h, w, 3), &Device::Cpu).unwrap();
+    let taps = net.taps(&x.permute((0, 3, 1, 2)).unwrap().contiguous().unwrap()).unwrap();
+    let pooled: Vec<Tensor> = taps.iter().map(|t| pooling.pool(t).unwrap()).collect();
+    Tensor::cat(&pooled, 1).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn pixels(seed: u64, n: usize) -> Vec<u8> {
+    // Blocks of colour: noise alone averages to nothing after a few layers.
+    (0..n as u64).map(|i| (128.0 + 127.0 * crate::test_noise(seed, i / 24)) as u8).collect()
+}
+
+/// Largest difference of descriptors of unit length.
+fn worst(a: &[f32], b: &[f32]) -> f32 {
+    let unit = |v: &[f32]| {
+        let n = v.iter().map(|x| x * x).sum::<f32>().sqrt();
+        v.iter().map(|x| x / n).collect::<Vec<_>>()
+    };
+    let rows = a.chunks_exact(DIM).zip(b.chunks_exact(DIM));
+    assert_eq!(a.len(), b.len());
+    rows.flat_map(|(a, b)| unit(a).into_iter().zip(unit(b)).map(|(a, b)| (a - b).abs()).collect::<Vec<_>>()).fold(0.0, f32::max)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+
+    #[test]
+    fn the_gpus_network_is_candles(n in 1usize..3, h in 32usize..70, w in 32usize..70, same in any::<bool>(), p in 0usize..3, seed in any::<u64>()) {
+        let net = network(if same { Padding::Same } else { Padding::Symmetric });
+        let pooling = [Pooling::Gem { p: 3.0 }, Pooling::Gem { p: 2.5 }, Pooling::Average][p];
+        let images = pixels(seed, n * h * w * 3);
+        let want = reference(&net, &images, (n, h, w), pooling);
+        for (half, most) in [(false, 2e-5), (true, 2e-3)] {
+            let plan = net.gpu_plan(Host::default(), half).unwrap();
+            let got = plan.pooled(&images, (n, h, w), &NORMALISE, pooling).unwrap();
+            let worst = worst(&got, &want);
+            prop_assert!(worst < most, "{worst} with half {half}");
+        }
+    }
+}
+
+#[test]
+fn another_size_another_layout_and_back_the_same_bytes() {
+    let plan = network(Padding::Same).gpu_plan(Host::default(), true).unwrap();
+    let run = |n: usize, h: usize, w: usize| plan.pooled(&pixels(7, n * h * w * 3), (n, h, w), &NORMALISE, Pooling::Average).unwrap();
+    let first = run(1, 40, 56);
+    let (two, blocks) = (run(2, 33, 47), plan.state.lock().unwrap().machine.memory.len());
+    assert_eq!(two.len(), 2 * DIM);
+    assert_eq!(run(1, 40, 56), first);
+    // What a size no longer needs is given back.
+    assert_eq!(plan.state.lock().unwrap().machine.memory.len(), blocks);
+    // An image's place in a batch changes nothing.
+    let (one, three) = (pixels(3, 40 * 56 * 3), [pixels(1, 40 * 56 * 3), pixels(2, 40 * 56 * 3), pixels(3, 40 * 56 * 3)].concat());
+    let alone = plan.pooled(&one, (1, 40, 56), &NORMALISE, Pooling::Average).unwrap();
+    assert_eq!(plan.pooled(&three, (3, 40, 56), &NORMALISE, Pooling::Average).unwrap()[2 * DIM..], alone);
+}
+
+#[test]
+fn batches_that_do_not_fit_are_refused() {
+    let plan = network(Padding::Same).gpu_plan(Host::default(), false).unwrap();
+    let run = |bytes: usize, n: usize, h: usize, w: usize| plan.pooled(&vec![0; bytes], (n, h, w), &NORMALISE, Pooling::Average);
+    assert!(run(3 * 40 * 40, 1, 40, 41).unwrap_err().to_string().contains("no batch of 1 images 41x40"));
+    assert!(run(0, 0, 40, 40).is_err());
+    assert!(run((MAX_BATCH + 1) * 3 * 32 * 32, MAX_BATCH + 1, 32, 32).is_err());
+}
+
+#[test]
+fn the_cost_is_mobilenets() {
+    let plan = network(Padding::Symmetric).gpu_plan(Host::default(), true).unwrap();
+    let cost = plan.cost(224, 224).unwrap();
+    // The paper's 300 million, less the last 1x1 (320 x 1280 on 7 x 7) and the classifier (1280 x 1000).
+    let all = cost.products + cost.others;
+    assert!((all - (300.8e6 - 20.07e6 - 1.28e6)).abs() < 1e6, "{all}");
+    assert!(cost.bytes > 2.0 * 1e7);
+}
+
+/// Every f16 there is, to f32 and back, and what lies between two of them, as the `half` crate has it.
+#[test]
+fn the_hosts_f16_is_ieee() {
+    // `finish` with bias 0 rounds what it reads; a residual is widened, added and rounded.
+    let mut host = Host::default();
+    let all: Vec<u16> = (0..=u16::MAX).collect();
+    let bytes: Vec<u8> = all.iter().flat_map(|b| b.to_le_bytes()).collect();
+    let (at, bias) = (host.reserve(bytes.len()).unwrap(), host.reserve(32).unwrap());
+    host.upload(at, &bytes).unwrap();
+    host.upload(bias, &bytes_of(&[0.0, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5])).unwrap();
+    let args = Args { output: at, bias, channels: 8, ..Args::default() };
+    host.launch("finish", true, all.len() / 8, &args).unwrap();
+    let added = [0.0f32, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5];
+    let got = host.bytes(at, bytes.len()).to_vec();
+    for (i, got) in got.chunks_exact(2).enumerate() {
+        let want = f16::from_f32(f16::from_bits(all[i]).to_f32() + added[i % 8]);
+        let got = f16::from_bits(u16::from_le_bytes([got[0], got[1]]));
+        assert!(got == want && got.is_sign_negative() == want.is_sign_negative() || got.is_nan() && want.is_nan(), "{i}: {got} {want}");
+    }
+}
+
+/// A weight that is no number shows.
+#[test]
+fn nan_stays_nan() {
+    let mut host = Host::default();
+    let (at, bias) = (host.reserve(4 * 16).unwrap(), host.reserve(16).unwrap());
+    host.upload(at, &bytes_of(&[1.0; 16])).unwrap();
+    host.upload(bias, &bytes_of(&[0.0, f32::NAN, f32::INFINITY, 0.0])).unwrap();
+    let weight = host.reserve(4 * 9 * 4).unwrap();
+    host.upload(weight, &bytes_of(&[1.0; 36])).unwrap();
+    let out = host.reserve(4 * 16).unwrap();
+    let args = Args {
+        input: at,
+        weight,
+        bias,
+        output: out,
+        height: 2,
+        width: 2,
+        channels: 4,
+        out_height: 2,
+        out_width: 2,
+        stride: 1,
+        top: 1,
+        left: 1,
+        ..Args::default()
+    };
+    host.launch("depthwise", false, 2, &args).unwrap();
+    let got = host.numbers(out, 16, false);
+    for pixel in got.chunks_exact(4) {
+        assert_eq!((pixel[0], pixel[2], pixel[3]), (4.0, 6.0, 4.0), "{got:?}");
+        assert!(pixel[1].is_nan());
+    }
+}
