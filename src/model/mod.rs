@@ -101,6 +101,15 @@ impl Model {
         self.device
     }
 
+    /// What that is, for people: `cpu`, or the GPU's own name.
+    pub fn device_name(&self) -> String {
+        match &self.network {
+            Network::Cpu(_) => self.device.to_string(),
+            #[cfg(feature = "cuda")]
+            Network::Cuda(plan) => format!("{} ({})", self.device, plan.on_machine(kernels::gpu::Cuda::name)),
+        }
+    }
+
     /// How many images [`Self::describe_batch`] takes best at once.
     pub fn batch(&self) -> usize {
         match self.device {

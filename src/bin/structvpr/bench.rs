@@ -116,7 +116,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     let machine = format!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
     if let Some(path) = &args.plot {
-        let title = format!("time over the peer's, {} thread(s), {}", args.threads, processor());
+        let title = format!("our time / the peer's, {} thread(s), {}, {:?}", args.threads, processor(), Isa::detect());
         structvpr::error::write_file(path, plot(&rows, &title)?.as_bytes())?;
     }
     if args.json {
@@ -140,11 +140,14 @@ fn size(text: &str) -> Result<(usize, usize), String> {
     both.ok_or_else(|| format!("HEIGHTxWIDTH, {MIN_SIDE} to {MAX_SIDE} each"))
 }
 
-/// The ratios as bars; left of the line is faster than the peer.
+/// The ratios as bars; left of the line is faster than the peer. What is measured against our own descriptor is no peer.
 fn plot(rows: &[Row], title: &str) -> Result<String> {
     use plotters::prelude::*;
-    let all: Vec<(String, f64)> =
-        rows.iter().filter_map(|r| Some((format!("{} : {}", r.what.trim(), r.peer.as_ref()?), r.ratio?))).collect();
+    let all: Vec<(String, f64)> = rows
+        .iter()
+        .filter(|r| !r.peer.as_ref().is_some_and(|p| p.starts_with("descriptor")))
+        .filter_map(|r| Some((format!("{} / {}", r.what.trim(), r.peer.as_ref()?), r.ratio?)))
+        .collect();
     ensure!(!all.is_empty(), "--plot: nothing of --only has a peer");
     let most = all.iter().map(|(_, r)| *r).fold(1.0, f64::max) * 1.12;
     let (n, mut svg) = (all.len(), String::new());
@@ -158,7 +161,7 @@ fn plot(rows: &[Row], title: &str) -> Result<String> {
             .y_label_area_size(360)
             .build_cartesian_2d(0f64..most, (0..n).into_segmented())?;
         let label = |s: &SegmentValue<usize>| match s {
-            SegmentValue::CenterOf(i) => all.get((n - 1).saturating_sub(*i)).map(|r| r.0.clone()).unwrap_or_default(),
+            SegmentValue::CenterOf(i) => (n - 1).checked_sub(*i).and_then(|i| all.get(i)).map(|r| r.0.clone()).unwrap_or_default(),
             _ => String::new(),
         };
         let mesh = &mut chart.configure_mesh();
@@ -342,7 +345,7 @@ fn descriptors(args: &Args) -> Result<Vec<Row>> {
         }
         let model = model.on(ComputeDevice::Cpu, Precision::Int8)?;
         for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
-            if args.peers && (peer == Runtime::Onnx || has_bf16()) || peer == Runtime::Onnx {
+            if peer == Runtime::Onnx || args.peers && has_bf16() {
                 rows.push(descriptor(args, &model, peer)?);
             }
         }
@@ -453,7 +456,7 @@ fn descriptor_on(args: &Args, precision: Precision) -> Result<Vec<Row>> {
         });
         let mut check = format!("{:.0} images/s{}", 1.0 / each, shares.unwrap_or_default());
         if n == 1 {
-            check += &format!(", largest difference from cpu f32 {worst:.1e}");
+            check += &format!(", largest difference from cpu f32 {worst:.1e}, {}", model.device_name());
         }
         rows.push(row(format!("descriptor {h}x{w} {precision} {} x{n}", args.device), times, None, Some(check)));
     }
