@@ -106,6 +106,19 @@ fn broken_messages_are_counted_and_the_next_image_is_used() {
 }
 
 #[test]
+fn a_device_that_cannot_be_is_named() {
+    let said = |device: &str, compute: &str| {
+        let settings = settings(|s| (s.model.device, s.model.compute) = (device.into(), compute.into()));
+        Engine::new(settings).err().map(|e| e.to_string()).unwrap_or_default()
+    };
+    assert!(said("gpu", "f32").contains("`model.device`: gpu is not allowed; allowed: cpu, or cuda:N"), "{}", said("gpu", "f32"));
+    assert!(said("cpu", "f16").contains("model.device"), "{}", said("cpu", "f16"));
+    assert!(said("cuda:0", "int8").contains("int8 is for the cpu"));
+    #[cfg(not(feature = "cuda"))]
+    assert!(said("cuda:0", "f32").contains("built without CUDA"));
+}
+
+#[test]
 fn parked_costs_no_network() {
     let engine = Engine::new(settings(|_| {})).unwrap();
     engine.odometry(&odometry(0.0, 0.0)).unwrap();
