@@ -83,7 +83,7 @@ fn converted(height: u32, rows: &[u8], channels: i32, f: impl FnOnce(&BoxedRef<M
     Ok(out)
 }
 
-/// Three bytes for every `n`. A plain loop over slices becomes vectors; `flat_map` and `collect` take ten times as long.
+/// Three bytes for every `n`, into memory of the right size; what `flat_map` collects grows as it goes.
 fn rgb_of(from: &[u8], n: usize, rgb: impl Fn(&[u8]) -> [u8; 3]) -> Vec<u8> {
     let mut out = vec![0; from.len() / n * 3];
     for (to, p) in out.chunks_exact_mut(3).zip(from.chunks_exact(n)) {

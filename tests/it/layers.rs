@@ -77,7 +77,6 @@ fn unsafe_lives_in_kernels_only() {
             "map/dot.rs",
             "kernels/int8.rs",
             "kernels/winograd.rs",
-            "kernels/direct.rs",
             "kernels/vector.rs",
             "kernels/pointwise.rs",
             "kernels/rows.rs",

@@ -90,8 +90,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         if args.device == ComputeDevice::Cpu {
             rows.extend(descriptors(&args)?);
         } else {
-            rows.extend(descriptor_on(&args, Precision::F32)?);
-            rows.extend(descriptor_on(&args, Precision::F16)?);
+            for precision in [Precision::F32, Precision::F16] {
+                for (reference, model) in models(&args)?.into_iter().zip(models(&args)?) {
+                    rows.extend(descriptor_on(&args, &reference, &model.on(args.device, precision)?)?);
+                }
+            }
         }
     }
     if args.only.iter().any(|o| o == "superpoint") {
@@ -330,14 +333,8 @@ fn search(args: &Args, n: usize) -> Result<Vec<Row>> {
 /// The descriptor at every size: in f32 against the peers' f32, in 8 bits against ONNX Runtime's f32 and OpenVINO's bf16, which is what
 /// others have below f32.
 fn descriptors(args: &Args) -> Result<Vec<Row>> {
-    let shipped = common::load_model(args.model.as_deref(), ComputeArg::default())?;
-    let own = (shipped.spec().input_height, shipped.spec().input_width);
-    let sizes = if args.sizes.is_empty() { vec![own] } else { args.sizes.clone() };
     let mut rows = Vec::new();
-    for size in sizes {
-        let mut weights = shipped.weights().clone();
-        (weights.spec.input_height, weights.spec.input_width) = size;
-        let model = Model::new(weights)?;
+    for model in models(args)? {
         for peer in [Runtime::Onnx, Runtime::OpenVino] {
             if args.peers || peer == Runtime::Onnx {
                 rows.push(descriptor(args, &model, peer)?);
@@ -351,6 +348,19 @@ fn descriptors(args: &Args) -> Result<Vec<Row>> {
         }
     }
     Ok(rows)
+}
+
+/// The model at every size of `--sizes`.
+fn models(args: &Args) -> Result<Vec<Model>> {
+    let loaded = common::load_model(args.model.as_deref(), ComputeArg::default())?;
+    let own = (loaded.spec().input_height, loaded.spec().input_width);
+    let sizes = if args.sizes.is_empty() { vec![own] } else { args.sizes.clone() };
+    let of = |size| {
+        let mut weights = loaded.weights().clone();
+        (weights.spec.input_height, weights.spec.input_width) = size;
+        Ok(Model::new(weights)?)
+    };
+    sizes.into_iter().map(of).collect()
 }
 
 /// OpenVINO falls back to f32 without these instructions.
@@ -420,10 +430,9 @@ fn descriptor(args: &Args, model: &Model, runtime: Runtime) -> Result<Row> {
 /// Batches that are measured on a GPU.
 const BATCHES: [usize; 4] = [1, 4, 16, 32];
 
-/// On a GPU: pixels to descriptor, one image and batches, upload and download included; checked against the processor's.
-fn descriptor_on(args: &Args, precision: Precision) -> Result<Vec<Row>> {
-    let load = |device, compute| common::load_model(args.model.as_deref(), ComputeArg { device, compute });
-    let model = load(args.device, precision)?;
+/// On a GPU: pixels to descriptor, one image and batches, upload and download included; checked against the processor's (`reference`).
+fn descriptor_on(args: &Args, reference: &Model, model: &Model) -> Result<Vec<Row>> {
+    let precision = model.precision();
     let (w, h) = (model.spec().input_width, model.spec().input_height);
     let most = BATCHES[BATCHES.len() - 1];
     let image = |n: usize| {
@@ -432,7 +441,6 @@ fn descriptor_on(args: &Args, precision: Precision) -> Result<Vec<Row>> {
     };
     let images = (0..most).map(image).collect::<structvpr::error::Result<Vec<_>>>()?;
     let ours = model.describe_batch(&images)?;
-    let reference = load(ComputeDevice::Cpu, Precision::F32)?;
     let mut worst = 0f32;
     for (a, image) in ours.iter().zip(&images) {
         let b = reference.describe(image)?;
