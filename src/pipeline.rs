@@ -555,7 +555,7 @@ impl LoopDetector {
         let blind = last.keyframe.odom_from_base.is_none() || frame.odom_from_base.is_none();
         // Rounding puts the cosine of equals above 1; a setting of 0 is to hold nothing back.
         let change = (1.0 - f64::from(last.descriptor.similarity(&frame.descriptor))).max(0.0);
-        let unmoved = || last.glance.as_ref()?.unmoved(frame.glance.as_ref()?);
+        let unmoved = || last.glance.as_ref().filter(|_| settings.min_descriptor_change > 0.0)?.unmoved(frame.glance.as_ref()?);
         let still = change < settings.min_descriptor_change || unmoved().is_some_and(|share| f64::from(share) > settings.max_still_share);
         (blind && still).then_some(Skip::Stationary)
     }

@@ -381,9 +381,11 @@ fn what_passes_a_parked_robot_is_no_keyframe() {
     assert!(matches!(step(3.0, 40.0, picture(8, 9_000)), Step::Keyframe(_)));
     // Not asked where the setting says so, nor where there is nothing to ask.
     assert!(matches!(step(4.0, 20.0, None), Step::Keyframe(_)));
-    let mut d = detector(|c| c.keyframe.max_still_share = 1.0);
-    for (i, moved) in [0, 2].into_iter().enumerate() {
-        let glance = picture(moved, 7_000);
-        assert!(matches!(d.process(Frame { glance, ..frame(i as f64, 20.0 * i as f64) }).unwrap(), Step::Keyframe(_)));
+    for off in [|c: &mut Config| c.keyframe.max_still_share = 1.0, |c: &mut Config| c.keyframe.min_descriptor_change = 0.0] {
+        let mut d = detector(off);
+        for (i, moved) in [0, 2].into_iter().enumerate() {
+            let glance = picture(moved, 7_000);
+            assert!(matches!(d.process(Frame { glance, ..frame(i as f64, 20.0 * i as f64) }).unwrap(), Step::Keyframe(_)));
+        }
     }
 }
