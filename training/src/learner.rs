@@ -228,7 +228,7 @@ impl Learner {
         let statistics = branch.statistics();
         let mut tensors = std::collections::BTreeMap::new();
         for (conv, spec) in branch.trunk.convs().zip(structvpr::model::conv_specs()) {
-            debug_assert_eq!(conv.name, spec.name);
+            ensure!(conv.name == spec.name, "the student's {} is the node's {}", conv.name, spec.name);
             let mut folded = weights[conv.weight.clone()].to_vec();
             let mut bias = Vec::with_capacity(conv.outputs);
             let each = folded.len() / conv.outputs;

@@ -187,10 +187,8 @@ impl Plan {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, true) => unsafe { work_avx2::<true>(&shared, scratch) },
-            // SAFETY: plain arrays need no instruction set.
-            (_, false) => unsafe { work::<[f32; 4], false>(&shared, scratch) },
-            // SAFETY: as above.
-            (_, true) => unsafe { work::<[f32; 4], true>(&shared, scratch) },
+            (_, false) => work_portable::<false>(&shared, scratch),
+            (_, true) => work_portable::<true>(&shared, scratch),
         };
         match scratch.as_mut_slice() {
             [] => {}
@@ -586,6 +584,13 @@ unsafe fn work_avx512(shared: &Shared, scratch: &mut [f32]) {
 unsafe fn work_avx2<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
     unsafe { work::<std::arch::x86_64::__m256, INT8>(shared, scratch) }
+}
+
+// By itself, as the others are: inlined into both of its callers it is half of what the compiler makes of this file.
+#[inline(never)]
+fn work_portable<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: plain arrays need no instruction set.
+    unsafe { work::<[f32; 4], INT8>(shared, scratch) }
 }
 
 /// Takes strips until there are none.

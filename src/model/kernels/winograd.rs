@@ -409,8 +409,10 @@ unsafe fn transform_output<V: Vector>(
     let rows = (out.len() / (width * outputs).max(1)).min(4 / scale);
     let x = 4 / scale * tile;
     let across = width.saturating_sub(x).min(4 / scale);
-    debug_assert!(rows <= 4 / scale && row * 4 < image.height);
-    assert!(t < RUN && product.len() >= PLANES * RUN * channels && op.packed.bias.len() >= first + channels, "conv3x3: product");
+    assert!(
+        row * 4 < image.height && t < RUN && product.len() >= PLANES * RUN * channels && op.packed.bias.len() >= first + channels,
+        "conv3x3: product"
+    );
     for c in (0..channels).step_by(V::LANES) {
         let left = outputs.saturating_sub(first + c).min(V::LANES);
         if left == 0 {
