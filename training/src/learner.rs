@@ -288,7 +288,7 @@ fn from_folded(trunk: Trunk, weights: &Weights, sample: &Tensor, seed: u64) -> R
     let mut statistics = vec![0f32; trunk.statistics];
     let mut unfolded = flat.clone();
     let mode = Mode::Unfold { weights: &mut unfolded, statistics: &mut statistics };
-    trunk.forward(&flat, mode, sample.flatten_all()?.to_vec1::<f32>()?, images, (h, w), &mut Pool::default());
+    trunk.forward(&flat, mode, &sample.flatten_all()?.to_vec1::<f32>()?, images, (h, w), &mut Pool::default());
     let power = match weights.spec.pooling {
         CorePooling::Gem { p } => p,
         CorePooling::Average => 3.0,

@@ -55,7 +55,7 @@ impl<T: Real> CustomOp2 for TrunkOp<T> {
         let mut statistics = lock(&self.statistics);
         let mode = if self.train { Mode::Train(&mut statistics) } else { Mode::Eval(&statistics) };
         let mut pool = lock(&self.pool);
-        let (taps, saved) = self.trunk.forward(weights, mode, image.to_vec(), images, (height, width), &mut pool);
+        let (taps, saved) = self.trunk.forward(weights, mode, image, images, (height, width), &mut pool);
         if self.train {
             *lock(&self.saved) = Some(saved);
         } else {

@@ -266,7 +266,7 @@ impl Trunk {
         &self,
         weights: &[T],
         mut mode: Mode<T>,
-        image: Vec<T>,
+        image: &[T],
         images: usize,
         size: (usize, usize),
         pool: &mut Pool<T>,
@@ -274,7 +274,10 @@ impl Trunk {
         assert_eq!((weights.len(), image.len()), (self.weights, self.channels * images * size.0 * size.1));
         let top = T::of(self.top);
         let train = !matches!(mode, Mode::Eval(_));
-        let mut saved = Saved { image, images, size, stem: None, passes: Vec::new() };
+        // All that is given back to the pool was taken from it.
+        let mut kept = pool.take(image.len());
+        kept.copy_from_slice(image);
+        let mut saved = Saved { image: kept, images, size, stem: None, passes: Vec::new() };
         let mut at = size;
         if let Some(conv) = &self.stem {
             let pad = self.pad(at.0, at.1, 2);
