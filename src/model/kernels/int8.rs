@@ -6,6 +6,7 @@
 //! to the values (the square root of a channel's largest weight; SmoothQuant's balance, <https://arxiv.org/abs/2211.10438>). On
 //! photographs the descriptor's cosine to f32's is 0.998 so, and 0.967 without [ours].
 
+use super::aligned::Aligned;
 use super::pointwise::{activate, padded, Panel, Tile, UNIT};
 use super::vector::Vector;
 use super::{Activation, Isa};
@@ -24,7 +25,7 @@ pub(super) struct Packed8 {
     pub outputs: usize,
     panels: Vec<Panel>,
     /// Panel by panel: four input channels, output channel of the panel, each of the four.
-    weights: Vec<i8>,
+    weights: Aligned<i8>,
     /// Of every output channel: value of the weights' code 1.
     steps: Vec<f32>,
     bias: Vec<f32>,
@@ -40,7 +41,8 @@ impl Packed8 {
         let padded_inputs = padded(inputs);
         let units = bias.len().div_ceil(UNIT);
         let (panels, _) = Panel::of(units, padded_inputs, isa);
-        let (mut codes, mut steps, mut start) = (vec![0i8; padded_inputs * units * UNIT], vec![0f32; units * UNIT], vec![0; units * UNIT]);
+        let mut codes = Aligned::new(padded_inputs * units * UNIT);
+        let (mut steps, mut start) = (vec![0f32; units * UNIT], vec![0; units * UNIT]);
         let mut scales = vec![1f32; padded_inputs];
         for (i, scale) in scales.iter_mut().enumerate().take(inputs) {
             let largest = weights.iter().skip(i).step_by(inputs).fold(0f32, |m, w| m.max(w.abs()));
@@ -62,7 +64,7 @@ impl Packed8 {
             for (i, w) in row.iter().enumerate() {
                 let code = (w / step).round() as i8;
                 let lane = o - panel.unit * UNIT;
-                codes[panel.weights + (i / FOUR * panel.units * UNIT + lane) * FOUR + i % FOUR] = code;
+                codes.values_mut()[panel.weights + (i / FOUR * panel.units * UNIT + lane) * FOUR + i % FOUR] = code;
                 if signed {
                     start[o] -= ZERO * i32::from(code);
                 }
@@ -140,7 +142,7 @@ pub(super) unsafe fn panel8<V: Vector>(
     assert!(x.codes.len() >= pixels * packed.inputs && x.steps.len() >= pixels, "int8: input");
     assert!(out.len() >= pixels * packed.outputs, "int8: output");
     assert!(residual.is_none_or(|r| r.len() >= pixels * packed.outputs), "int8: residual");
-    let weights = &packed.weights[weights..][..packed.inputs * units * UNIT];
+    let weights = &packed.weights.values()[weights..][..packed.inputs * units * UNIT];
     let (steps, bias, start) = (&packed.steps[first..], &packed.bias[first..], &packed.start[first..]);
     assert!(steps.len() >= units * UNIT && bias.len() >= units * UNIT && start.len() >= units * UNIT, "int8: weights");
     let call = Call {

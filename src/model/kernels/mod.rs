@@ -3,6 +3,7 @@
 //! The descriptor's ops have gradients, so that training runs the same code as inference; [`Conv3x3`], which only
 //! the networks for local features use, has none.
 
+mod aligned;
 mod bias_act;
 mod depthwise;
 mod direct;

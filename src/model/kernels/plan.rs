@@ -9,6 +9,7 @@
 //! done, and computes it; so one wake-up serves a whole image, and no number of threads can wait for each other, for a
 //! strip waits only for earlier ones, which are done or in some thread's hands.
 
+use super::aligned::Aligned;
 use super::int8::{encode, panel8, Codes, Packed8};
 use super::pointwise::{padded, panel, Packed, Pixels};
 use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
@@ -168,7 +169,7 @@ impl Plan {
             layout,
             image,
             zeros,
-            buffers: buffers.iter_mut().map(|b| Raw { at: b.values_mut().as_mut_ptr(), len: b.len }).collect(),
+            buffers: buffers.iter_mut().map(|b| Raw { len: b.len(), at: b.values_mut().as_mut_ptr() }).collect(),
             next: AtomicUsize::new(0),
             finished: layout.tasks.iter().map(|_| AtomicBool::new(false)).collect(),
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
@@ -212,30 +213,6 @@ impl Plan {
                 })
             }
         }
-    }
-}
-
-/// f32 values that begin at a cache line.
-#[derive(Debug)]
-struct Aligned {
-    data: Vec<f32>,
-    start: usize,
-    len: usize,
-}
-
-impl Aligned {
-    fn new(len: usize) -> Self {
-        let data = vec![0f32; len + 16];
-        let start = data.as_ptr().align_offset(64).min(16);
-        Self { data, start, len }
-    }
-
-    fn values(&self) -> &[f32] {
-        &self.data[self.start..][..self.len]
-    }
-
-    fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.data[self.start..][..self.len]
     }
 }
 
@@ -446,9 +423,9 @@ impl Layout {
 #[derive(Debug)]
 struct Space {
     layout: Layout,
-    buffers: Vec<Aligned>,
+    buffers: Vec<Aligned<f32>>,
     /// One per thread.
-    scratch: Vec<Aligned>,
+    scratch: Vec<Aligned<f32>>,
     zeros: Vec<f32>,
 }
 

@@ -1,6 +1,7 @@
 //! 1x1 convolution over pixels whose channels lie side by side: a matrix product with packed weights, bias, residual and
 //! activation in the same pass.
 
+use super::aligned::Aligned;
 use super::vector::Vector;
 use super::{Activation, Isa};
 
@@ -50,7 +51,7 @@ pub(super) struct Packed {
     pub outputs: usize,
     panels: Vec<Panel>,
     /// Panel by panel: input channel, output channel of the panel.
-    weights: Vec<f32>,
+    weights: Aligned<f32>,
     bias: Vec<f32>,
 }
 
@@ -59,10 +60,10 @@ impl Packed {
     pub fn new(weights: &[f32], bias: &[f32], inputs: usize, isa: Isa) -> Self {
         let units = bias.len().div_ceil(UNIT);
         let (panels, at) = Panel::of(units, inputs, isa);
-        let mut packed = vec![0f32; at];
+        let mut packed = Aligned::new(at);
         for p in &panels {
             for i in 0..inputs {
-                for (j, to) in packed[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
+                for (j, to) in packed.values_mut()[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
                     let o = p.unit * UNIT + j;
                     *to = if o < bias.len() { weights[o * inputs + i] } else { 0.0 };
                 }
@@ -106,7 +107,7 @@ pub(super) unsafe fn panel<V: Vector>(
     assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + packed.inputs, "pointwise: input");
     assert!(out.len() >= pixels * packed.outputs, "pointwise: output");
     assert!(residual.is_none_or(|r| r.stride >= packed.outputs && r.data.len() >= pixels * r.stride), "pointwise: residual");
-    let weights = &packed.weights[weights..][..packed.inputs * units * UNIT];
+    let weights = &packed.weights.values()[weights..][..packed.inputs * units * UNIT];
     let bias = &packed.bias[first..][..units * UNIT];
     let call = Call {
         inputs: packed.inputs,

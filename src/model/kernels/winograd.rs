@@ -5,6 +5,7 @@
 //! planes, in each of which the convolution is a matrix product over channels; the products of a group of output
 //! channels are transformed back while they are in the cache.
 
+use super::aligned::Aligned;
 use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
 use super::vector::Vector;
 use super::{channels_last, contiguous, Activation, Isa};
@@ -20,6 +21,12 @@ const PLANES: usize = 36;
 const RUN: usize = 24;
 /// Units of output channels that are transformed back together.
 const GROUP: usize = 4;
+
+/// Values from one plane of a run to the next: a cache line more than they take, or all planes of a tile would lie in the same few
+/// sets of the first-level cache, which keeps eight lines of each.
+const fn pitch(channels: usize) -> usize {
+    RUN * channels + UNIT
+}
 
 /// Weights, transformed once.
 #[derive(Clone, Debug)]
@@ -188,12 +195,12 @@ impl<'a> Image<'a> {
 #[derive(Default)]
 struct Scratch {
     /// Plane, tile, input channel.
-    input: Vec<f32>,
+    input: Aligned<f32>,
     /// Plane, tile, output channel of the group.
-    product: Vec<f32>,
+    product: Aligned<f32>,
     zeros: Vec<f32>,
     /// What the convolution before gives for a run, and its patches.
-    window: Vec<f32>,
+    window: Aligned<f32>,
     patches: Vec<f32>,
 }
 
@@ -204,11 +211,11 @@ impl Scratch {
     fn fit(&mut self, op: &Op) {
         let inputs = op.packed.inputs;
         if op.before.is_some() {
-            self.window.resize(6 * ACROSS * inputs, 0.0);
+            self.window.fit(6 * ACROSS * inputs);
             self.patches.resize(ACROSS * 9, 0.0);
         }
-        self.input.resize(PLANES * RUN * inputs, 0.0);
-        self.product.resize(PLANES * RUN * GROUP * UNIT, 0.0);
+        self.input.fit(PLANES * pitch(inputs));
+        self.product.fit(PLANES * pitch(GROUP * UNIT));
         self.zeros.resize(inputs, 0.0);
     }
 }
@@ -237,6 +244,7 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
     let inputs = op.packed.inputs;
     let tiles = image.width.div_ceil(4);
     let Scratch { input, product, zeros, window, patches } = scratch;
+    let (input, product, window) = (input.values_mut(), product.values_mut(), window.values_mut());
     let mut first = 0;
     while first < tiles {
         let n = (tiles - first).min(RUN);
@@ -252,8 +260,8 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
             for (g, planes) in op.packed.groups.iter().enumerate() {
                 let channels = planes[0].outputs;
                 for (p, packed) in planes.iter().enumerate() {
-                    let x = Pixels { data: &input[p * RUN * inputs..][..RUN * inputs], stride: inputs };
-                    let to = &mut product[p * RUN * channels..][..n * channels];
+                    let x = Pixels { data: &input[p * pitch(inputs)..][..RUN * inputs], stride: inputs };
+                    let to = &mut product[p * pitch(channels)..][..n * channels];
                     for at in 0..packed.panels() {
                         panel::<V>(packed, at, n, x, None, Activation::None, to);
                     }
@@ -357,7 +365,7 @@ unsafe fn backwards<V: Vector>(m: [V; 6]) -> [V; 4] {
 #[inline(always)]
 unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: usize, zeros: &[f32], t: usize, out: &mut [f32]) {
     assert!(image.channels == inputs && zeros.len() >= inputs, "conv3x3: input");
-    assert!(inputs.is_multiple_of(V::LANES) && t < RUN && out.len() >= PLANES * RUN * inputs, "conv3x3: scratch");
+    assert!(inputs.is_multiple_of(V::LANES) && t < RUN && out.len() >= PLANES * pitch(inputs), "conv3x3: scratch");
     let mut pixels = [zeros.as_ptr(); PLANES];
     for (k, p) in pixels.iter_mut().enumerate() {
         let (sy, sx) = ((y + k / 6).wrapping_sub(1), (x + k % 6).wrapping_sub(1));
@@ -380,7 +388,7 @@ unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: u
             for i in 0..6 {
                 let [a, b, c0, d, e, f] = columns;
                 for (j, v) in forwards([a[i], b[i], c0[i], d[i], e[i], f[i]]).into_iter().enumerate() {
-                    v.store(out.as_mut_ptr().add(((6 * i + j) * RUN + t) * inputs + c));
+                    v.store(out.as_mut_ptr().add((6 * i + j) * pitch(inputs) + t * inputs + c));
                 }
             }
         }
@@ -410,7 +418,7 @@ unsafe fn transform_output<V: Vector>(
     let x = 4 / scale * tile;
     let across = width.saturating_sub(x).min(4 / scale);
     assert!(
-        row * 4 < image.height && t < RUN && product.len() >= PLANES * RUN * channels && op.packed.bias.len() >= first + channels,
+        row * 4 < image.height && t < RUN && product.len() >= PLANES * pitch(channels) && op.packed.bias.len() >= first + channels,
         "conv3x3: product"
     );
     for c in (0..channels).step_by(V::LANES) {
@@ -426,7 +434,7 @@ unsafe fn transform_output<V: Vector>(
             for (j, column) in columns.iter_mut().enumerate() {
                 let mut m = [V::splat(0.0); 6];
                 for (i, m) in m.iter_mut().enumerate() {
-                    *m = V::load(product.as_ptr().add(((6 * i + j) * RUN + t) * channels + c));
+                    *m = V::load(product.as_ptr().add((6 * i + j) * pitch(channels) + t * channels + c));
                 }
                 *column = backwards(m);
             }
