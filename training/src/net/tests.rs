@@ -200,7 +200,7 @@ fn unfolding_changes_nothing_on_the_batch_it_saw() {
     let mut unfolded = weights.clone();
     let mut moved = statistics.clone();
     let mode = Mode::Unfold { weights: &mut unfolded, statistics: &mut moved };
-    trunk.forward(&weights, mode, x.clone(), 3, (64, 64), &mut pool);
+    trunk.forward(&weights, mode, &x, 3, (64, 64), &mut pool);
     let (eval, _) = trunk.forward(&unfolded, Mode::Eval(&moved), &x, 3, (64, 64), &mut pool);
     let (train, _) = trunk.forward(&unfolded, Mode::Train(&mut moved), &x, 3, (64, 64), &mut pool);
     for got in [eval, train] {
