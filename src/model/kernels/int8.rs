@@ -161,18 +161,7 @@ pub(super) unsafe fn panel8<V: Vector>(
     };
     // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
     // and the panel's weights, steps and biases are whole.
-    unsafe {
-        match V::LANES {
-            16 => match units {
-                1 => call.pixels::<V, 16, 1>(pixels),
-                2 => call.pixels::<V, 12, 2>(pixels),
-                3 => call.pixels::<V, 8, 3>(pixels),
-                _ => call.pixels::<V, 6, 4>(pixels),
-            },
-            8 => call.pixels::<V, 4, 2>(pixels),
-            _ => call.pixels::<V, 2, 4>(pixels),
-        }
-    }
+    unsafe { call.panel::<V>(units, pixels) }
 }
 
 #[derive(Clone, Copy)]
@@ -204,6 +193,12 @@ impl Tile for Call {
                 ..self
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn by_eight<V: Vector>(self, pixels: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.pixels::<V, 4, 2>(pixels) }
     }
 
     #[inline(always)]

@@ -123,19 +123,7 @@ pub(super) unsafe fn panel<V: Vector>(
     };
     // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
     // and the panel's weights and biases are whole.
-    unsafe {
-        // The lanes by themselves: a match on a constant leaves one arm to compile.
-        match V::LANES {
-            16 => match units {
-                1 => call.pixels::<V, 16, 1>(pixels),
-                2 => call.pixels::<V, 12, 2>(pixels),
-                3 => call.pixels::<V, 8, 3>(pixels),
-                _ => call.pixels::<V, 6, 4>(pixels),
-            },
-            8 => call.pixels::<V, 6, 2>(pixels),
-            _ => call.pixels::<V, 2, 4>(pixels),
-        }
-    }
+    unsafe { call.panel::<V>(units, pixels) }
 }
 
 /// Outer products of pixels and channels that registers hold; pointers to where the next begins.
@@ -153,6 +141,36 @@ pub(super) trait Tile: Copy {
     ///
     /// The processor has the instruction set of `V`; so many pixels, and weights of so many vectors, are there.
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self);
+
+    /// [`Tile::pixels`] by two vectors of eight lanes: as many rows as sixteen registers leave room for.
+    ///
+    /// # Safety
+    ///
+    /// As [`Tile::tile`], for `pixels` pixels.
+    unsafe fn by_eight<V: Vector>(self, pixels: usize);
+
+    /// One panel of so many units.
+    ///
+    /// # Safety
+    ///
+    /// As [`Tile::tile`], for `pixels` pixels.
+    #[inline(always)]
+    unsafe fn panel<V: Vector>(self, units: usize, pixels: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // The lanes by themselves: a match on a constant leaves one arm to compile.
+            match V::LANES {
+                16 => match units {
+                    1 => self.pixels::<V, 16, 1>(pixels),
+                    2 => self.pixels::<V, 12, 2>(pixels),
+                    3 => self.pixels::<V, 8, 3>(pixels),
+                    _ => self.pixels::<V, 6, 4>(pixels),
+                },
+                8 => self.by_eight::<V>(pixels),
+                _ => self.pixels::<V, 2, 4>(pixels),
+            }
+        }
+    }
 
     /// `ROWS` pixels at a time, then what is left.
     ///
@@ -209,6 +227,12 @@ impl Tile for Call {
                 ..self
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn by_eight<V: Vector>(self, pixels: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.pixels::<V, 6, 2>(pixels) }
     }
 
     #[inline(always)]
