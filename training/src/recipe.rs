@@ -49,6 +49,11 @@ pub struct Recipe {
     pub license: String,
 }
 
+/// A checkpoint's identity has no `mix`: it is the same training.
+fn all_trained(mix: &f64) -> bool {
+    *mix == 1.0
+}
+
 fn unknown() -> String {
     "unknown".into()
 }
@@ -102,6 +107,10 @@ pub struct Schedule {
     pub positives: Positives,
     /// Refreshes between two validations.
     pub validate: usize,
+    /// Share of the trained weights in what is kept; the rest are those that the training began from. Below 1 it keeps more of what
+    /// the start knew of images unlike the training's (WiSE-FT, CVPR 2022). [ours]
+    #[serde(skip_serializing_if = "all_trained")]
+    pub mix: f64,
 }
 
 /// Which positive a query is paired with.
@@ -136,6 +145,7 @@ impl Schedule {
             hardest: 10,
             positives: Positives::Random,
             validate: 5,
+            mix: 1.0,
         }
     }
 
@@ -159,6 +169,7 @@ impl Schedule {
         }
         ensure!(self.lr.is_finite() && self.lr > 0.0 && self.lr <= 1.0, "{what}.lr: {} is outside 0 to 1", self.lr);
         ensure!((0.0..=1.0).contains(&self.weight_decay), "{what}.weight_decay: {} is outside 0 to 1", self.weight_decay);
+        ensure!((0.0..=1.0).contains(&self.mix), "{what}.mix: {} is outside 0 to 1", self.mix);
         ensure!(self.hardest >= self.negatives, "{what}.hardest: {} is below {what}.negatives, {}", self.hardest, self.negatives);
         Ok(())
     }

@@ -73,7 +73,9 @@ impl Job<'_> {
     fn identity(&self) -> Result<String> {
         let mut hash = Sha256::new();
         let r = self.recipe;
-        hash.update(serde_json::to_vec(&(self.kind, self.schedule, self.seed, &r.data, &r.augment, &r.init, r.pooling, r.on_nan))?);
+        // What is done with the weights in the end does not change how they are trained.
+        let schedule = Schedule { mix: 1.0, ..self.schedule.clone() };
+        hash.update(serde_json::to_vec(&(self.kind, schedule, self.seed, &r.data, &r.augment, &r.init, r.pooling, r.on_nan))?);
         hash.update(serde_json::to_vec(&(&r.near, &r.train, &r.validation))?);
         if self.teaching.is_some() {
             hash.update(serde_json::to_vec(&r.distillation)?);
@@ -146,6 +148,7 @@ impl Job<'_> {
         bar.finish_and_clear();
         let map: HashMap<String, Vec<f32>> = best.into_iter().collect();
         learner.restore(|n| map.get(n).cloned().with_context(|| format!("no best `{n}`")))?;
+        self.mix(&learner)?;
         let (best, best_step) = header.best.unwrap_or_default();
         Ok((learner, Summary { best, best_step, steps: header.step, skipped: header.skipped }))
     }
@@ -170,7 +173,25 @@ impl Job<'_> {
         self.own(&c, &path)?;
         let learner = self.learner()?;
         learner.restore(|n| c.take(&format!("best.{n}"))).with_context(|| path.display().to_string())?;
+        self.mix(&learner)?;
         Ok(learner)
+    }
+
+    /// Draws trained weights and running statistics back towards the start's, by `schedule.mix`.
+    fn mix(&self, learner: &Learner) -> Result<()> {
+        let share = self.schedule.mix;
+        if share == 1.0 {
+            return Ok(());
+        }
+        let start: HashMap<String, Vec<f32>> = self.learner()?.state()?.into_iter().collect();
+        let mut trained: HashMap<String, Vec<f32>> = learner.state()?.into_iter().collect();
+        learner.restore(|name| {
+            let (mut own, start) = trained.remove(name).zip(start.get(name)).with_context(|| format!("no `{name}`"))?;
+            for (own, start) in own.iter_mut().zip(start) {
+                *own = (share * f64::from(*own) + (1.0 - share) * f64::from(*start)) as f32;
+            }
+            Ok(own)
+        })
     }
 
     /// Errors: the checkpoint is of another training.

@@ -83,6 +83,29 @@ fn a_disk_that_fills_up_stops_a_training_that_goes_on_later() {
 }
 
 #[test]
+fn trained_weights_are_mixed_with_the_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let start = job(&recipe, Kind::Rgb, &sets, &loader, None).learner().unwrap().state().unwrap();
+    let mut of = |mix: f64| {
+        recipe.distil.mix = mix;
+        // One training, whatever is done with its weights.
+        let job = job(&recipe, Kind::Rgb, &sets, &loader, None);
+        let state = job.run(&dir.path().join("t")).unwrap().0.state().unwrap();
+        assert!(job.load(&dir.path().join("t")).unwrap().state().unwrap() == state);
+        state
+    };
+    let (trained, half, none) = (of(1.0), of(0.5), of(0.0));
+    assert!(none == start && trained != start);
+    for ((name, half), ((_, a), (_, b))) in half.iter().zip(start.iter().zip(&trained)) {
+        let worst = half.iter().zip(a.iter().zip(b)).map(|(h, (a, b))| (h - (a + b) / 2.0).abs() / (1.0 + h.abs())).fold(0.0, f32::max);
+        assert!(worst < 1e-6, "{name}: {worst}");
+    }
+}
+
+#[test]
 fn an_exported_model_describes_as_the_learner_does() {
     let dir = tempfile::tempdir().unwrap();
     let recipe = noise_world(dir.path());
