@@ -13,7 +13,7 @@
 //! # fn main() -> structvpr::error::Result<()> {
 //! let model = Model::shipped()?;
 //! let map = Map::new(model.identity().clone());
-//! let mut detector = LoopDetector::new(Config::default(), map, model.spec().similarity_threshold)?;
+//! let mut detector = LoopDetector::new(Config::default(), map, model.spec().recommended())?;
 //!
 //! // One image; a robot would send them one after the other.
 //! let pixels = (0..320 * 240 * 3).map(|i| (i / 7 % 256) as u8).collect();

@@ -1,6 +1,6 @@
 //! The loop detector: a keyframe in, a closure or the reason against one out.
 
-use crate::config::{Config, FALLBACK_SIMILARITY_THRESHOLD};
+use crate::config::{Config, Recommended};
 use crate::descriptor::Descriptor;
 use crate::error::Result;
 use crate::features::{CompactFeatures, Features};
@@ -244,8 +244,10 @@ struct CameraState {
 #[derive(Debug)]
 pub struct LoopDetector {
     config: Config,
-    recommended: Option<f32>,
+    recommended: Recommended,
     threshold: f32,
+    min_margin: f64,
+    min_descriptor_change: f64,
     map: Map,
     robot: u32,
     session: u32,
@@ -267,15 +269,17 @@ const JUMPS: usize = 5;
 const LONGEST_GAP_NS: i64 = 3_600_000_000_000;
 
 impl LoopDetector {
-    /// Starts a session on `map`. `recommended` is the threshold of the model's header.
+    /// Starts a session on `map`. `recommended` is what the model's header says.
     ///
     /// Errors: a setting out of range.
-    pub fn new(config: Config, map: Map, recommended: Option<f32>) -> Result<Self> {
+    pub fn new(config: Config, map: Map, recommended: Recommended) -> Result<Self> {
         let session = map.next_session();
         let mut detector = Self {
             config: Config::default(),
             recommended,
             threshold: 0.0,
+            min_margin: 0.0,
+            min_descriptor_change: 0.0,
             map,
             robot: 0,
             session,
@@ -295,10 +299,9 @@ impl LoopDetector {
     /// Errors: a setting out of range; then nothing changes.
     pub fn set_config(&mut self, config: Config) -> Result<()> {
         config.validate()?;
-        self.threshold = match config.decision.similarity_threshold {
-            t if t > -1.0 => t as f32,
-            _ => self.recommended.unwrap_or(FALLBACK_SIMILARITY_THRESHOLD as f32),
-        };
+        self.threshold = self.recommended.similarity_threshold(config.decision.similarity_threshold);
+        self.min_margin = self.recommended.min_margin(config.decision.min_margin);
+        self.min_descriptor_change = self.recommended.min_descriptor_change(config.keyframe.min_descriptor_change);
         self.config = config;
         Ok(())
     }
@@ -424,6 +427,16 @@ impl LoopDetector {
     /// The similarity threshold in use, after the model's recommendation.
     pub fn threshold(&self) -> f32 {
         self.threshold
+    }
+
+    /// The smallest lead of the best place in use, after the model's recommendation.
+    pub fn min_margin(&self) -> f64 {
+        self.min_margin
+    }
+
+    /// The smallest change of the descriptor in use, after the model's recommendation.
+    pub fn min_descriptor_change(&self) -> f64 {
+        self.min_descriptor_change
     }
 
     /// The number of this run in the map.
@@ -555,8 +568,8 @@ impl LoopDetector {
         let blind = last.keyframe.odom_from_base.is_none() || frame.odom_from_base.is_none();
         // Rounding puts the cosine of equals above 1; a setting of 0 is to hold nothing back.
         let change = (1.0 - f64::from(last.descriptor.similarity(&frame.descriptor))).max(0.0);
-        let unmoved = || last.glance.as_ref().filter(|_| settings.min_descriptor_change > 0.0)?.unmoved(frame.glance.as_ref()?);
-        let still = change < settings.min_descriptor_change || unmoved().is_some_and(|share| f64::from(share) > settings.max_still_share);
+        let unmoved = || last.glance.as_ref().filter(|_| self.min_descriptor_change > 0.0)?.unmoved(frame.glance.as_ref()?);
+        let still = change < self.min_descriptor_change || unmoved().is_some_and(|share| f64::from(share) > settings.max_still_share);
         (blind && still).then_some(Skip::Stationary)
     }
 
@@ -651,7 +664,7 @@ impl LoopDetector {
         let enough = if agrees { self.config.verification.min_consistent.min(d.min_consistent) } else { d.min_consistent };
         let reason = if e.similarity.min(e.chain_similarity) < self.threshold {
             Reason::LowSimilarity
-        } else if !agrees && e.margin.is_some_and(|m| f64::from(m) < d.min_margin) {
+        } else if !agrees && e.margin.is_some_and(|m| f64::from(m) < self.min_margin) {
             Reason::Ambiguous
         } else if e.consistent_count < enough || !e.advance.is_none_or(|a| self.is_even(a)) {
             Reason::NotConsistent

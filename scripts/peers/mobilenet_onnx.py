@@ -83,7 +83,13 @@ def build(tensors, height, width, same, gem_p=3.0, tap_norm=True):
         nodes.append(helper.make_node("Pow", [f"t{block}.e", "1/p"], [f"t{block}.g"]))
         pooled.append(l2(f"t{block}.g") if tap_norm else f"t{block}.g")
     nodes.append(helper.make_node("Concat", pooled, ["joined"], axis=1))
-    nodes.append(helper.make_node("Identity", [l2("joined")], ["descriptor"]))
+    out = l2("joined")
+    if "whitening.mean" in tensors:
+        const("wm", tensors["whitening.mean"].astype(np.float32)), const("ww", tensors["whitening.matrix"].astype(np.float32))
+        nodes.append(helper.make_node("Sub", [out, "wm"], ["centred"]))
+        nodes.append(helper.make_node("MatMul", ["centred", "ww"], ["white"]))
+        out = l2("white")
+    nodes.append(helper.make_node("Identity", [out], ["descriptor"]))
     graph = helper.make_graph(
         nodes, "structvpr", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, height, width])],
         [helper.make_tensor_value_info("descriptor", TensorProto.FLOAT, [1, 448])], initializers)

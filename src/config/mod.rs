@@ -34,8 +34,9 @@ section! {
         min_distance_m: f64 = 0.5, Kind::Real(0.0, 1000.0), live;
         /// With odometry: a turn of this many degrees makes a keyframe, however short the way.
         min_rotation_deg: f64 = 10.0, Kind::Real(0.0, 360.0), live;
-        /// Without odometry: smallest change of the descriptor (1 - cosine) against the last keyframe.
-        min_descriptor_change: f64 = 0.01, Kind::Real(0.0, 2.0), live;
+        /// Without odometry: smallest change of the descriptor (1 - cosine) against the last keyframe. Below 0: what the
+        /// model's header recommends (0.01 where it says nothing).
+        min_descriptor_change: f64 = -1.0, Kind::Real(-1.0, 2.0), live;
         /// Without odometry: where more than this share of the picture's textured parts stands still, something passed
         /// and the robot did not move. 1: not asked.
         max_still_share: f64 = 0.6, Kind::Real(0.0, 1.0), live;
@@ -65,8 +66,9 @@ section! {
         /// Smallest cosine similarity, of the match itself and of the mean along the chain of matches that
         /// leads there. -1: the one that the model's header recommends.
         similarity_threshold: f64 = -1.0, Kind::Real(-1.0, 1.0), live;
-        /// Smallest lead of the best place over the second best, cosine similarity.
-        min_margin: f64 = 0.01, Kind::Real(0.0, 2.0), live;
+        /// Smallest lead of the best place over the second best, cosine similarity. Below 0: what the model's header
+        /// recommends (0.01 where it says nothing).
+        min_margin: f64 = -1.0, Kind::Real(-1.0, 2.0), live;
         /// Hits at most this many keyframes apart are one place.
         place_radius: usize = 8usize, Kind::Count(0, 10_000), live;
         /// Consecutive keyframes that must point at the same stretch of the map, this one included.
@@ -131,8 +133,44 @@ section! {
 /// What `verification.features` may name.
 const FEATURES: &[&str] = &["sift", "orb", "akaze", "superpoint", "superpoint_vgg", "superpoint_squeeze", "xfeat"];
 
-/// Used where neither the settings nor the model's header name a threshold.
-pub const FALLBACK_SIMILARITY_THRESHOLD: f64 = 0.85;
+/// What a model's maker measured for settings that hang on how far apart its similarities lie, and that settings may leave
+/// to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Recommended {
+    /// `decision.similarity_threshold`; 0.85 where it is not known.
+    pub similarity_threshold: Option<f32>,
+    /// `decision.min_margin`; 0.01 where it is not known.
+    pub min_margin: Option<f32>,
+    /// `keyframe.min_descriptor_change`; 0.01 where it is not known.
+    pub min_descriptor_change: Option<f32>,
+}
+
+impl Recommended {
+    /// The threshold in use, with `setting` in the settings.
+    pub fn similarity_threshold(&self, setting: f64) -> f32 {
+        if setting > -1.0 {
+            return setting as f32;
+        }
+        self.similarity_threshold.unwrap_or(0.85)
+    }
+
+    /// The margin in use.
+    pub fn min_margin(&self, setting: f64) -> f64 {
+        Self::or(setting, self.min_margin)
+    }
+
+    /// The change of the descriptor in use.
+    pub fn min_descriptor_change(&self, setting: f64) -> f64 {
+        Self::or(setting, self.min_descriptor_change)
+    }
+
+    fn or(setting: f64, recommended: Option<f32>) -> f64 {
+        if setting >= 0.0 {
+            return setting;
+        }
+        recommended.map_or(0.01, f64::from)
+    }
+}
 
 impl Config {
     /// Checks every range; the error names the setting and what is allowed.
@@ -450,7 +488,7 @@ mod tests {
         said("decision.min_margin", Value::Real(0.5)).unwrap();
         said("qos.image.reliability", Value::Text("reliable".into())).unwrap();
         let e = said("decision.min_margin", Value::Integer(1)).unwrap_err();
-        assert!(e.contains("decision.min_margin") && e.contains("integer 1") && e.contains("a double, 0 to 2"), "{e}");
+        assert!(e.contains("decision.min_margin") && e.contains("integer 1") && e.contains("a double, -1 to 2"), "{e}");
         let e = said("search.top_k", Value::Integer(-3)).unwrap_err();
         assert!(e.contains("-3") && e.contains("1 to 1000"), "{e}");
         let e = said("decision.min_margn", Value::Real(0.1)).unwrap_err();
@@ -488,8 +526,8 @@ mod tests {
     #[test]
     fn errors_name_the_setting_and_the_range() {
         let said = |text: &str| Config::from_yaml(text).unwrap_err().to_string();
-        let s = said("decision: {min_margin: -0.5}");
-        assert!(s.contains("decision.min_margin") && s.contains("-0.5") && s.contains("0 to 2"), "{s}");
+        let s = said("decision: {min_margin: -1.5}");
+        assert!(s.contains("decision.min_margin") && s.contains("-1.5") && s.contains("-1 to 2"), "{s}");
         let s = said("decision: {min_margn: 0.5}");
         assert!(s.contains("min_margn") && s.contains("min_margin"), "{s}");
         let s = said("search: {top_k: many}");

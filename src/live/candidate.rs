@@ -158,7 +158,7 @@ pub fn of_query(detector: &LoopDetector, asking: Asking, hits: &[Hit], second: O
     let margin = second.map(|s| best.similarity - s.similarity);
     let first = if best.similarity < detector.threshold() {
         Standing::Rejected(Why::Detector(Reason::LowSimilarity))
-    } else if margin.is_some_and(|m| f64::from(m) < detector.config().decision.min_margin) {
+    } else if margin.is_some_and(|m| f64::from(m) < detector.min_margin()) {
         Standing::Rejected(Why::Detector(Reason::Ambiguous))
     } else {
         Standing::Accepted

@@ -266,7 +266,7 @@ impl Engine {
             }
             _ => new_map(&model),
         };
-        let mut detector = LoopDetector::new(settings.detector(), map, model.spec().similarity_threshold)?;
+        let mut detector = LoopDetector::new(settings.detector(), map, model.spec().recommended())?;
         // validate() has checked the range.
         let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
         detector.set_robot(robot);

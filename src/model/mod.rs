@@ -13,6 +13,7 @@ mod pooling;
 mod superglue;
 mod superpoint;
 mod weights;
+mod whitening;
 mod xfeat;
 
 pub use container::read_tensors;
@@ -26,6 +27,7 @@ pub use pooling::{l2_normalize, Pooling, GEM_EPS};
 pub use superglue::{Side, SuperGlue};
 pub use superpoint::{Dense, SuperPoint, CELL};
 pub use weights::{ModelSpec, Weights, ARCHITECTURE, MAX_SIDE};
+pub use whitening::{Whitening, MIN_DESCRIPTORS};
 pub use xfeat::XFeat;
 
 use crate::descriptor::{Descriptor, ModelIdentity};
@@ -69,6 +71,10 @@ impl Model {
             for v in tensor.flatten_all()?.to_vec1::<f32>()? {
                 hash.update(v.to_le_bytes());
             }
+        }
+        if let Some(whitening) = &weights.whitening {
+            hash.update("whitening");
+            whitening.values().for_each(|v| hash.update(v.to_le_bytes()));
         }
         let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
         let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
@@ -142,10 +148,13 @@ impl Model {
     /// How it prepares images, JSON: what a map keeps, for people to read.
     pub fn preprocessing(&self) -> String {
         let s = self.spec();
-        serde_json::json!({
+        let mut all = serde_json::json!({
             "input": [s.input_width, s.input_height], "mean": s.mean, "std": s.std, "padding": s.padding, "pooling": s.pooling, "tap_norm": s.tap_norm, "compute": self.precision.to_string(),
-        })
-        .to_string()
+        });
+        if self.weights.whitening.is_some() {
+            all["whitened"] = true.into();
+        }
+        all.to_string()
     }
 
     /// The folded weights.
@@ -277,7 +286,10 @@ impl Model {
         let mut all = pooled.concat();
         let n = norm(&all);
         all.iter_mut().for_each(|v| *v /= n);
-        Descriptor::new(all)
+        Descriptor::new(match &self.weights.whitening {
+            Some(whitening) => whitening.apply(&all),
+            None => all,
+        })
     }
 }
 

@@ -206,3 +206,48 @@ fn int8_describes_as_f32_does() {
     let nan = Tensor::full(f32::NAN, (1, 3, h, w), &Device::Cpu).unwrap();
     assert!(coarse.describe_tensor(&nan).unwrap_err().to_string().contains("not a number"));
 }
+
+/// Maps hang on it: what a header may say more since then, and the whitening that others have, must leave it.
+#[test]
+fn the_identity_of_a_model_without_whitening_is_what_it_was() {
+    let v1 = Model::from_bytes(include_bytes!("../../models/structvpr-synthetic-v1.safetensors")).unwrap();
+    assert_eq!(v1.identity().sha256, "fcb300f5b11ba887c1cdde7e2bac401ece81afb774030d6312aca32f36504dde");
+}
+
+#[test]
+fn whitening_is_applied_kept_in_the_file_and_part_of_the_identity() {
+    let plain = Model::from_bytes(&file(&tensorflow_tensors())).unwrap();
+    let descriptors: Vec<Descriptor> = (0..MIN_DESCRIPTORS)
+        .map(|i| plain.describe_tensor(&Tensor::from_vec(noise(3000 + i, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap()).unwrap())
+        .collect();
+    let mut weights = plain.weights().clone();
+    weights.whitening = Some(Whitening::fit(&descriptors).unwrap());
+    weights.spec.min_margin = Some(0.05);
+    let white = Model::new(weights.clone()).unwrap();
+    assert_ne!(plain.identity().sha256, white.identity().sha256);
+    assert!(white.preprocessing().contains("\"whitened\":true") && !plain.preprocessing().contains("whitened"));
+    let x = Tensor::from_vec(noise(5, 3 * 33 * 47), (1, 3, 33, 47), &Device::Cpu).unwrap();
+    let want = {
+        let y = weights.whitening.as_ref().unwrap().apply(plain.describe_tensor(&x).unwrap().as_slice());
+        let norm = y.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        y.into_iter().map(|v| (f64::from(v) / norm) as f32).collect::<Vec<f32>>()
+    };
+    let got = white.describe_tensor(&x).unwrap();
+    assert!(got.as_slice().iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6));
+    // Other places are no longer all alike.
+    let mean_similarity = |m: &Model| {
+        let all: Vec<Descriptor> = (0..8)
+            .map(|i| m.describe_tensor(&Tensor::from_vec(noise(9000 + i, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap()).unwrap())
+            .collect();
+        (0..8).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| all[i].similarity(&all[j])).sum::<f32>() / 28.0
+    };
+    let (before, after) = (mean_similarity(&plain), mean_similarity(&white));
+    assert!(before > 0.9 && after < 0.3, "{before} -> {after}");
+    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 5e-3)] {
+        let back = Model::from_bytes(&weights.to_bytes(dtype).unwrap()).unwrap();
+        assert_eq!(back.spec().min_margin, Some(0.05));
+        let again = back.describe_tensor(&x).unwrap();
+        let worst = again.as_slice().iter().zip(got.as_slice()).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(worst <= tolerance, "{dtype:?}: {worst}");
+    }
+}

@@ -6,6 +6,8 @@
 use super::container::{write_safetensors, RawFile};
 use super::mobilenet_v2::{conv_specs, Padding, MIN_SIDE};
 use super::pooling::Pooling;
+use super::whitening::Whitening;
+use crate::config::Recommended;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -46,6 +48,13 @@ pub struct ModelSpec {
     /// measured one. `similarity_threshold` in the configuration overrides it.
     #[serde(default)]
     pub similarity_threshold: Option<f32>,
+    /// The same of `decision.min_margin`: models differ in how far apart their similarities lie. Not written where there is
+    /// none, so that the identities of earlier models stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_margin: Option<f32>,
+    /// The same of `keyframe.min_descriptor_change`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_descriptor_change: Option<f32>,
 }
 
 impl ModelSpec {
@@ -64,10 +73,27 @@ impl ModelSpec {
                 return bad(format!("GeM p {p} is outside 0.1..=100"));
             }
         }
-        if self.similarity_threshold.is_some_and(|t| !(-1.0..=1.0).contains(&t)) {
-            return bad(format!("similarity_threshold {:?} is outside -1..=1", self.similarity_threshold));
+        for (name, value, low, high) in [
+            ("similarity_threshold", self.similarity_threshold, -1.0, 1.0),
+            ("min_margin", self.min_margin, 0.0, 2.0),
+            ("min_descriptor_change", self.min_descriptor_change, 0.0, 2.0),
+        ] {
+            if value.is_some_and(|v| !(low..=high).contains(&v)) {
+                return bad(format!("{name} {value:?} is outside {low}..={high}"));
+            }
         }
         Ok(())
+    }
+
+    /// What it says for settings that are left to the model.
+    pub fn recommended(&self) -> Recommended {
+        let (similarity_threshold, min_margin) = (self.similarity_threshold, self.min_margin);
+        Recommended { similarity_threshold, min_margin, min_descriptor_change: self.min_descriptor_change }
+    }
+
+    /// Forgets what was measured with other descriptors than those it will make now.
+    pub fn forget_recommended(&mut self) {
+        (self.similarity_threshold, self.min_margin, self.min_descriptor_change) = (None, None, None);
     }
 
     fn torchvision() -> Self {
@@ -83,6 +109,8 @@ impl ModelSpec {
             license: "unknown".into(),
             training_data: "ImageNet (assumed from the torchvision layout)".into(),
             similarity_threshold: None,
+            min_margin: None,
+            min_descriptor_change: None,
         }
     }
 
@@ -107,6 +135,8 @@ pub struct Weights {
     pub spec: ModelSpec,
     /// `NAME.weight` and `NAME.bias` of every convolution.
     pub tensors: BTreeMap<String, Tensor>,
+    /// What is done to the joined taps.
+    pub whitening: Option<Whitening>,
     /// Which layout was recognised.
     pub layout: &'static str,
 }
@@ -140,7 +170,11 @@ impl Weights {
         self.spec.validate()?;
         let spec = serde_json::to_string(&self.spec).map_err(|e| Error::weights(e.to_string()))?;
         let header = format!("{{\"architecture\":\"{ARCHITECTURE}\",\"version\":\"{FORMAT}\",\"spec\":{spec}}}");
-        write_safetensors(&self.tensors, dtype, "structvpr.format", header)
+        let mut tensors = self.tensors.clone();
+        if let Some(whitening) = &self.whitening {
+            whitening.put(&mut tensors)?;
+        }
+        write_safetensors(&tensors, dtype, "structvpr.format", header)
     }
 }
 
@@ -170,8 +204,9 @@ fn ours(mut file: RawFile) -> Result<Weights> {
             tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
         }
     }
+    let whitening = Whitening::take(&mut file, LAYOUT)?;
     file.refuse_rest(LAYOUT, |_| false)?;
-    Ok(Weights { spec: header.spec, tensors, layout: LAYOUT })
+    Ok(Weights { spec: header.spec, tensors, whitening, layout: LAYOUT })
 }
 
 /// PyTorch's default epsilon of `BatchNorm2d`.
@@ -197,7 +232,7 @@ fn torchvision(mut file: RawFile) -> Result<Weights> {
     file.refuse_rest(LAYOUT, |name| {
         name.ends_with(".num_batches_tracked") || name.starts_with("features.18.") || name.starts_with("classifier.")
     })?;
-    Ok(Weights { spec: ModelSpec::torchvision(), tensors, layout: LAYOUT })
+    Ok(Weights { spec: ModelSpec::torchvision(), tensors, whitening: None, layout: LAYOUT })
 }
 
 fn tensorflow(mut file: RawFile) -> Result<Weights> {
@@ -210,5 +245,5 @@ fn tensorflow(mut file: RawFile) -> Result<Weights> {
         }
     }
     file.refuse_rest(LAYOUT, |name| name.starts_with("conv51.") || name.starts_with("conv52."))?;
-    Ok(Weights { spec: ModelSpec::tensorflow(), tensors, layout: LAYOUT })
+    Ok(Weights { spec: ModelSpec::tensorflow(), tensors, whitening: None, layout: LAYOUT })
 }

@@ -33,7 +33,8 @@ fn detector(change: impl FnOnce(&mut Config)) -> LoopDetector {
     let mut config = Config::default();
     config.decision.min_consistent = 3;
     change(&mut config);
-    LoopDetector::new(config, Map::new(ModelIdentity::default()), Some(0.8)).unwrap()
+    LoopDetector::new(config, Map::new(ModelIdentity::default()), Recommended { similarity_threshold: Some(0.8), ..Recommended::default() })
+        .unwrap()
 }
 
 fn decisions(detector: &mut LoopDetector, frames: impl IntoIterator<Item = Frame>) -> Vec<Decision> {
@@ -270,7 +271,9 @@ fn looking_up_adds_nothing_and_finds_the_same() {
     let map = d.map().clone();
     let second = || (0..60).map(|i| frame(1000.0 + f64::from(i), f64::from(i) + 0.3));
     let run = |localization_only: bool| {
-        let mut d = LoopDetector::new(d.config().clone(), map.clone(), Some(0.8)).unwrap();
+        let mut d =
+            LoopDetector::new(d.config().clone(), map.clone(), Recommended { similarity_threshold: Some(0.8), ..Recommended::default() })
+                .unwrap();
         d.set_localization_only(localization_only);
         let all = decisions(&mut d, second());
         (
@@ -388,4 +391,23 @@ fn what_passes_a_parked_robot_is_no_keyframe() {
             assert!(matches!(d.process(Frame { glance, ..frame(i as f64, 20.0 * i as f64) }).unwrap(), Step::Keyframe(_)));
         }
     }
+}
+
+#[test]
+fn what_settings_leave_open_is_the_models() {
+    let recommended = Recommended { similarity_threshold: Some(0.8), min_margin: Some(0.25), min_descriptor_change: Some(0.5) };
+    let mut d = LoopDetector::new(Config::default(), Map::new(ModelIdentity::default()), recommended).unwrap();
+    assert_eq!((d.threshold(), d.min_margin(), d.min_descriptor_change()), (0.8, 0.25, 0.5));
+    let mut config = Config::default();
+    (config.decision.similarity_threshold, config.decision.min_margin, config.keyframe.min_descriptor_change) = (0.7, 0.0, 0.0);
+    d.set_config(config).unwrap();
+    assert_eq!((d.threshold(), d.min_margin(), d.min_descriptor_change()), (0.7, 0.0, 0.0));
+    d.set_config(Config::default()).unwrap();
+    assert_eq!(d.min_margin(), 0.25);
+    let silent = LoopDetector::new(Config::default(), Map::new(ModelIdentity::default()), Recommended::default()).unwrap();
+    assert_eq!((silent.threshold(), silent.min_margin(), silent.min_descriptor_change()), (0.85, 0.01, 0.01));
+    // And they are what decides: a standing robot's descriptor changes by less than half, a driving one's by more.
+    let outcomes: Vec<bool> =
+        [0.0, 0.1, 10.0].iter().enumerate().map(|(i, at)| matches!(d.process(frame(i as f64, *at)).unwrap(), Step::Keyframe(_))).collect();
+    assert_eq!(outcomes, [true, false, true]);
 }

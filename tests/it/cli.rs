@@ -213,6 +213,8 @@ fn convert_writes_what_every_command_loads() {
     let said = ok(&["convert", shipped, "--out", out, "--dtype", "f16", "--input-size", "96x64", "--pooling", "avg", "--license", "MIT"]);
     assert!(said.contains("\"input_width\": 96") && said.contains("\"kind\": \"average\"") && said.contains("sha256"), "{said}");
     assert!(ok(&["convert", out, "--out", out]).contains("structvpr layout"));
+    // What was measured with another pooling is not passed on.
+    assert!(said.contains("\"similarity_threshold\": null"), "{said}");
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "5x5"]).contains("5x5"));
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "big"]).contains("WxH"));
     assert!(fails(&["convert", shipped, "--out", "/nowhere/m.safetensors"]).contains("/nowhere"));
@@ -222,4 +224,62 @@ fn convert_writes_what_every_command_loads() {
 fn bench_prints_medians() {
     let rows: serde_json::Value = serde_json::from_str(&ok(&["bench", "--only", "descriptor", "--rounds", "3", "--json"])).unwrap();
     assert!(rows[0]["median_ms"].as_f64().unwrap() > 0.0 && rows[0]["ratio"].is_null());
+}
+
+#[test]
+fn convert_whitens_for_the_images_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = drives(dir.path());
+    let p = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
+    let (run, white) = (run.to_str().unwrap(), p("white.safetensors"));
+    let shipped = root().join("models/structvpr-synthetic-v1.safetensors");
+    let shipped = shipped.to_str().unwrap();
+    let said = ok(&[
+        "convert",
+        shipped,
+        "--out",
+        &white,
+        "--dtype",
+        "f16",
+        "--name",
+        "white",
+        "--whiten",
+        &p("day"),
+        &p("dusk"),
+        "--min-margin",
+        "0.05",
+    ]);
+    assert!(said.contains("\"similarity_threshold\": null") && said.contains("\"min_margin\": 0.05"), "{said}");
+    // The same images give the same bytes.
+    let first = std::fs::read(&white).unwrap();
+    ok(&[
+        "convert",
+        shipped,
+        "--out",
+        &white,
+        "--dtype",
+        "f16",
+        "--name",
+        "white",
+        "--whiten",
+        &p("day"),
+        &p("dusk"),
+        "--min-margin",
+        "0.05",
+    ]);
+    assert!(std::fs::read(&white).unwrap() == first);
+    std::fs::write(p("c.yaml"), "decision: {similarity_threshold: 0.3}\n").unwrap();
+    let said = ok(&["replay", run, "--model", &white, "--config", &p("c.yaml"), "--ground-truth", &p("truth.csv"), "--out", &p("out")]);
+    assert!(said.contains("false closures: 0"), "{said}");
+    let report = json(&dir.path().join("out/report.json"));
+    assert!(report["loops"]["found_share"].as_f64().unwrap() >= 0.8 && report["min_margin"].as_f64().unwrap() > 0.04, "{report}");
+    // It goes with another pooling, which is said, and on demand.
+    let o = structvpr(&["convert", &white, "--out", &p("avg.safetensors"), "--pooling", "avg"]);
+    assert!(o.status.success() && String::from_utf8_lossy(&o.stderr).contains("whitening of"), "{o:?}");
+    ok(&["convert", &white, "--out", &p("plain.safetensors"), "--dtype", "f16", "--no-whitening"]);
+    let size = |f: &str| std::fs::metadata(dir.path().join(f)).unwrap().len();
+    assert!(size("white.safetensors") > size("plain.safetensors") + 400_000);
+    assert!(fails(&["convert", shipped, "--out", &white, "--whiten", &p("day")]).contains("60 images; it takes 100"));
+    assert!(fails(&["convert", shipped, "--out", &white, "--whiten", "/nowhere"]).contains("/nowhere"));
+    assert!(std::fs::read(&white).unwrap() == first, "what was there stays where nothing could be fitted");
 }

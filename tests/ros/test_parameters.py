@@ -11,8 +11,8 @@ from rosgraph_msgs.msg import Clock
 @pytest.mark.parametrize(
     "params, words",
     [
-        ({"decision.min_margin": 1}, "parameter `decision.min_margin`: integer 1 is not allowed; allowed: a double, 0 to 2"),
-        ({"decision.min_margin": -0.5}, "parameter `decision.min_margin`: double -0.5 is not allowed; allowed: a double, 0 to 2"),
+        ({"decision.min_margin": 1}, "parameter `decision.min_margin`: integer 1 is not allowed; allowed: a double, -1 to 2"),
+        ({"decision.min_margin": -1.5}, "parameter `decision.min_margin`: double -1.5 is not allowed; allowed: a double, -1 to 2"),
         ({"search.top_k": 0}, "parameter `search.top_k`: integer 0 is not allowed; allowed: an integer, 1 to 1000"),
         ({"qos.image.reliability": "sometimes"}, '"reliable" or "best_effort"'),
         ({"decision.max_pace": 0.1}, "0.5 (decision.min_pace) to 100"),
@@ -88,8 +88,8 @@ def test_parameters_are_listed_described_and_changed(start, robot):
     assert [robot.get("decision.min_margin")[0].double_value, robot.get("search.top_k")[0].integer_value] == [0.25, 7]
     robot.until(lambda: any(p.name == "search.top_k" for e in events for p in e.changed_parameters), what="an event")
     for params, words in [
-        ({"decision__min_margin": 5.0}, "parameter `decision.min_margin`: double 5.0 is not allowed; allowed: a double, 0 to 2"),
-        ({"decision__min_margin": 1}, "allowed: a double, 0 to 2"),
+        ({"decision__min_margin": 5.0}, "parameter `decision.min_margin`: double 5.0 is not allowed; allowed: a double, -1 to 2"),
+        ({"decision__min_margin": 1}, "allowed: a double, -1 to 2"),
         ({"decision__min_margn": 0.1}, "did you mean `decision.min_margin`?"),
         ({"model__file": "x.pth"}, "parameter `model.file` needs a restart"),
         ({"qos__image__depth": 9}, "parameter `qos.image.depth` needs a restart"),

@@ -63,6 +63,9 @@ pub fn run(args: &Args) -> Result<()> {
     let mut weights = Weights::parse(&read_file(&args.init)?).map_err(|e| e.at(&args.init))?;
     (weights.spec.input_width, weights.spec.input_height) = (args.size[0] as usize, args.size[1] as usize);
     weights.spec.name = args.name.clone();
+    // What was fitted to the descriptors before does not fit those after.
+    weights.whitening = None;
+    weights.spec.forget_recommended();
     weights.spec.training_data = format!("ImageNet, then {} steps on the synthetic street of this project", args.steps);
     let start = weights.tensors.clone();
 

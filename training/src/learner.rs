@@ -111,7 +111,7 @@ impl Learner {
         spec.name = recipe.name.clone();
         spec.license = recipe.license.clone();
         spec.tap_norm = true;
-        spec.similarity_threshold = None;
+        spec.forget_recommended();
         Ok(Self { kind, branches, decoder, pooling: recipe.pooling, spec })
     }
 
@@ -247,7 +247,7 @@ impl Learner {
             _ => CorePooling::Gem { p: f64::from(branch.power.to_vec1::<f32>()?[0]) },
         };
         spec.training_data = trained_on.to_string();
-        Ok(Weights { spec, tensors, layout: "structvpr" })
+        Ok(Weights { spec, tensors, whitening: None, layout: "structvpr" })
     }
 }
 

@@ -28,7 +28,7 @@ fn two_laps_of_a_street_close_and_nothing_false_does() {
     ok(&["bag", "--out", bag.to_str().unwrap(), "--size", "320", "240"]);
     let sequence = replay::open(&[bag], &SourceOptions::default()).unwrap();
     let model = Model::shipped().unwrap();
-    let detector = LoopDetector::new(Config::default(), Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();
+    let detector = LoopDetector::new(Config::default(), Map::new(model.identity().clone()), model.spec().recommended()).unwrap();
     let options = RunOptions { undistort: false, odometry: true };
     let run = replay::run(&*sequence, &model, detector, None, options, &mut |_, _| Ok(())).unwrap();
     assert!(run.warnings.is_empty(), "{:?}", run.warnings);
@@ -50,7 +50,7 @@ fn depth_in_a_bag_gives_metres() {
     config.search.exclusion_s = 5.0;
     config.verification.enabled = true;
     let verifier = Reranker::from_settings(&config.verification).unwrap();
-    let mut detector = LoopDetector::new(config, Map::new(model.identity().clone()), model.spec().similarity_threshold).unwrap();
+    let mut detector = LoopDetector::new(config, Map::new(model.identity().clone()), model.spec().recommended()).unwrap();
     detector.set_verifier(verifier.map(Arc::new));
     let run = replay::run(&*sequence, &model, detector, None, RunOptions { undistort: false, odometry: true }, &mut |_, _| Ok(())).unwrap();
     let (mut metric, mut right, mut unscaled) = (0, 0, 0);

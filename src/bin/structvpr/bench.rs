@@ -497,7 +497,7 @@ fn pipeline(args: &Args) -> Result<Row> {
     for i in 0..PLACES {
         map.push(keyframe(i), &Descriptor::new(noise(i, DIM).collect())?)?;
     }
-    let mut detector = LoopDetector::new(structvpr::config::Config::default(), map, model.spec().similarity_threshold)?;
+    let mut detector = LoopDetector::new(structvpr::config::Config::default(), map, model.spec().recommended())?;
     let (mut whole, mut alone) = (Vec::new(), Vec::new());
     let mut stamp_ns = 2 * PLACES as i64 * 1_000_000_000;
     while whole.len() < args.rounds {

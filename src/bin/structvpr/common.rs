@@ -1,6 +1,6 @@
 //! What several commands share: the model, progress, descriptors of many images.
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use structvpr::descriptor::Descriptor;
 use structvpr::error::{read_file, write_file};
 use structvpr::image::RgbImage;
 use structvpr::model::{ComputeDevice, Model, Precision};
+use structvpr::replay::{self, Shot, SourceOptions};
 use structvpr::rerank::Reranker;
 
 /// Loads `path`, or the shipped model, whose name is then printed.
@@ -156,4 +157,53 @@ pub fn read_descriptor_pair(text: &str) -> Result<(Vec<Descriptor>, Vec<Descript
         descriptors(m, &path)
     };
     Ok((part("query")?, part("reference")?))
+}
+
+/// Descriptors of the images of an input, in its order.
+pub struct Described {
+    pub descriptors: Vec<Descriptor>,
+    /// Name and stamp of each, nanoseconds.
+    pub shots: Vec<(String, i64)>,
+    /// Images that could not be used; each was told on stderr.
+    pub failed: usize,
+}
+
+/// Describes a bag, or folders of images one after the other.
+///
+/// Errors: no image of it can be used.
+pub fn describe_input(model: &Model, input: &[PathBuf], topic: Option<&str>) -> Result<Described> {
+    let sequence = replay::open(input, &SourceOptions { topic: topic.map(Into::into), ..SourceOptions::default() })?;
+    let bar = progress(sequence.len_hint(), "images");
+    let mut done = Described { descriptors: Vec::new(), shots: Vec::new(), failed: 0 };
+    let mut batch: Vec<Shot> = Vec::new();
+    let mut flush = |batch: &mut Vec<Shot>| {
+        let described: Vec<_> = batch.par_iter().map(|s| s.decode().and_then(|i| model.describe(&i))).collect();
+        for (shot, d) in batch.drain(..).zip(described) {
+            bar.inc(1);
+            match d {
+                Ok(d) => {
+                    done.descriptors.push(d);
+                    done.shots.push((shot.name, shot.stamp_ns));
+                }
+                Err(e) => {
+                    done.failed += 1;
+                    eprintln!("warning: {}: {e}", shot.name);
+                }
+            }
+        }
+    };
+    let warnings = sequence.visit(&mut |shot| {
+        batch.push(shot);
+        if batch.len() == 16 {
+            flush(&mut batch);
+        }
+        Ok(())
+    })?;
+    flush(&mut batch);
+    bar.finish_and_clear();
+    for w in sequence.warnings().iter().chain(&warnings) {
+        eprintln!("warning: {w}");
+    }
+    ensure!(!done.descriptors.is_empty(), "no usable image");
+    Ok(done)
 }

@@ -1,11 +1,12 @@
 //! `structvpr convert`.
 
+use crate::common;
 use anyhow::{bail, Context, Result};
 use candle_core::DType;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use structvpr::error::{read_file, write_file};
-use structvpr::model::{Model, Pooling, Weights};
+use structvpr::model::{Model, Pooling, Weights, Whitening};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -41,11 +42,25 @@ pub struct Args {
     /// Similarity threshold that the header recommends to the loop detector.
     #[arg(long)]
     similarity_threshold: Option<f32>,
+    /// The smallest lead of the best place that it recommends.
+    #[arg(long)]
+    min_margin: Option<f32>,
+    /// The smallest change of the descriptor that makes a keyframe (without odometry) that it recommends.
+    #[arg(long)]
+    min_descriptor_change: Option<f32>,
+    /// Fit a whitening of the descriptors to these images (a folder, searched in depth, or a bag; several one after the
+    /// other): a hundred at least, of different places, no labels needed. It replaces the one in the file.
+    #[arg(long, num_args = 1.., value_name = "INPUT")]
+    whiten: Vec<PathBuf>,
+    /// Leave out the whitening in the file.
+    #[arg(long, conflicts_with = "whiten")]
+    no_whitening: bool,
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
     let mut weights = Weights::parse(&read_file(&args.input)?).map_err(|e| e.at(&args.input))?;
     let spec = &mut weights.spec;
+    let pooled = (spec.pooling, spec.tap_norm);
     if let Some(size) = &args.input_size {
         let parsed = size.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
         (spec.input_width, spec.input_height) = parsed.with_context(|| format!("--input-size {size}: wanted WxH, e.g. 640x480"))?;
@@ -66,7 +81,23 @@ pub fn run(args: Args) -> Result<ExitCode> {
     spec.name = args.name.unwrap_or(std::mem::take(&mut spec.name));
     spec.license = args.license.unwrap_or(std::mem::take(&mut spec.license));
     spec.training_data = args.training_data.unwrap_or(std::mem::take(&mut spec.training_data));
+    let repooled = pooled != (spec.pooling, spec.tap_norm);
+    if weights.whitening.is_some() && repooled && args.whiten.is_empty() && !args.no_whitening {
+        eprintln!("note: the whitening of {} was fitted to another pooling and is left out; --whiten fits a new one", args.input.display());
+    }
+    if repooled || args.no_whitening || !args.whiten.is_empty() {
+        weights.whitening = None;
+        weights.spec.forget_recommended();
+    }
+    if !args.whiten.is_empty() {
+        let common::Described { descriptors, failed, .. } = common::describe_input(&Model::new(weights.clone())?, &args.whiten, None)?;
+        weights.whitening = Some(Whitening::fit(&descriptors)?);
+        eprintln!("whitening fitted to {} images ({failed} left out)", descriptors.len());
+    }
+    let spec = &mut weights.spec;
     spec.similarity_threshold = args.similarity_threshold.or(spec.similarity_threshold);
+    spec.min_margin = args.min_margin.or(spec.min_margin);
+    spec.min_descriptor_change = args.min_descriptor_change.or(spec.min_descriptor_change);
     let bytes = weights.to_bytes(if args.dtype == "f16" { DType::F16 } else { DType::F32 })?;
     // What is written must load.
     let model = Model::from_bytes(&bytes)?;

@@ -1,13 +1,11 @@
 //! `structvpr describe`.
 
 use crate::common;
-use anyhow::{ensure, Result};
-use rayon::prelude::*;
+use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use structvpr::error::write_file;
 use structvpr::eval::write_npz;
-use structvpr::replay::{self, Shot, SourceOptions};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -29,42 +27,12 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<ExitCode> {
     let model = common::load_model(args.model.as_deref(), args.compute)?;
-    let sequence = replay::open(&args.input, &SourceOptions { topic: args.topic.clone(), ..SourceOptions::default() })?;
-    let bar = common::progress(sequence.len_hint(), "images");
-    let (mut descriptors, mut table, mut failed) = (Vec::new(), csv::Writer::from_writer(Vec::new()), 0usize);
+    let common::Described { descriptors, shots, failed } = common::describe_input(&model, &args.input, args.topic.as_deref())?;
+    let mut table = csv::Writer::from_writer(Vec::new());
     table.write_record(["name", "stamp_ns"])?;
-    let mut batch: Vec<Shot> = Vec::new();
-    let mut flush = |batch: &mut Vec<Shot>| -> structvpr::error::Result<()> {
-        let described: Vec<_> = batch.par_iter().map(|s| s.decode().and_then(|i| model.describe(&i))).collect();
-        for (shot, d) in batch.drain(..).zip(described) {
-            bar.inc(1);
-            match d {
-                Ok(d) => {
-                    descriptors.push(d);
-                    let record = [shot.name.as_str(), &shot.stamp_ns.to_string()];
-                    table.write_record(record).map_err(|e| structvpr::error::Error::dataset(e.to_string()))?;
-                }
-                Err(e) => {
-                    failed += 1;
-                    eprintln!("warning: {}: {e}", shot.name);
-                }
-            }
-        }
-        Ok(())
-    };
-    let warnings = sequence.visit(&mut |shot| {
-        batch.push(shot);
-        if batch.len() == 16 {
-            flush(&mut batch)?;
-        }
-        Ok(())
-    })?;
-    flush(&mut batch)?;
-    bar.finish_and_clear();
-    for w in sequence.warnings().iter().chain(&warnings) {
-        eprintln!("warning: {w}");
+    for (name, stamp_ns) in &shots {
+        table.write_record([name.as_str(), &stamp_ns.to_string()])?;
     }
-    ensure!(!descriptors.is_empty(), "no usable image");
     write_file(&args.out, &write_npz(&[("descriptors", &common::matrix(&descriptors))])?)?;
     let names = args.out.with_extension("csv");
     write_file(&names, &table.into_inner()?)?;

@@ -103,7 +103,7 @@ fn skipped(done: &Finished, say: Say) {
                 "show no movement since the last keyframe",
                 format!(
                     "if the robot did move: is the odometry right (try --no-odometry)? Else lower keyframe.min_distance_m (now {}) or keyframe.min_descriptor_change (now {}); if most of the picture is the robot itself, raise keyframe.max_still_share (now {})",
-                    config.keyframe.min_distance_m, config.keyframe.min_descriptor_change, config.keyframe.max_still_share
+                    config.keyframe.min_distance_m, done.run.detector.min_descriptor_change(), config.keyframe.max_still_share
                 ),
             ),
             Skip::TimeJump => ("have a stamp before the last keyframe's", "the clock jumped back, or the bag was looped: replay each part alone with --map".to_string()),
@@ -172,7 +172,7 @@ fn rejected(done: &Finished, say: Say) {
             Reason::Ambiguous => {
                 let half = percentile(&mut of(&|e| e.margin.map_or(0.0, f64::from)), 0.5).unwrap_or(0.0);
                 (
-                    format!("another place is nearly as alike (median lead {half:.4}, wanted {})", d.min_margin),
+                    format!("another place is nearly as alike (median lead {half:.4}, wanted {:.4})", done.run.detector.min_margin()),
                     format!("lower decision.min_margin to {half:.4}; if the second best is the same place seen from further on, raise decision.place_radius (now {})", d.place_radius),
                 )
             }

@@ -165,7 +165,7 @@ pub fn execute(args: &RunArgs) -> Result<Finished> {
     };
     let sequence = replay::open(&args.input, &options)?;
     let verifier = Reranker::from_settings(&config.verification)?;
-    let mut detector = LoopDetector::new(config, map, model.spec().similarity_threshold)?;
+    let mut detector = LoopDetector::new(config, map, model.spec().recommended())?;
     detector.set_verifier(verifier.map(Arc::new));
     let bar = common::progress(sequence.len_hint(), "images");
     let run_options = replay::RunOptions { undistort: args.undistort, odometry: !args.no_odometry };
@@ -384,6 +384,8 @@ impl Finished {
             "model_settings": self.model.spec(),
             "settings": run.detector.config(),
             "similarity_threshold": run.detector.threshold(),
+            "min_margin": run.detector.min_margin(),
+            "min_descriptor_change": run.detector.min_descriptor_change(),
             "images": run.images,
             "keyframes": run.decisions.len(),
             "map_keyframes": map.keyframes().len(),
