@@ -6,8 +6,10 @@ use crate::world::World;
 use anyhow::{ensure, Context, Result};
 use opencv::core::{Mat, MatTraitConst, Vector};
 use opencv::imgcodecs;
+use rand::seq::SliceRandom;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use structvpr::error::write_file;
@@ -15,7 +17,8 @@ use structvpr::error::write_file;
 #[derive(clap::Args)]
 pub struct Args {
     /// Folder to fill: a folder per condition with images/, labels/ (Cityscapes train ids), depth/
-    /// (16 bit, millimetres, 0 is none) and poses.csv.
+    /// (16 bit, millimetres, 0 is none) and poses.csv; and mixed.csv, a `manifest:` in which some of each place's
+    /// conditions are references and the others queries.
     #[arg(long)]
     out: PathBuf,
     /// First street and how many; their places follow each other.
@@ -41,6 +44,7 @@ pub fn run(args: &Args) -> Result<()> {
     ensure!(args.size.iter().all(|s| (64..=4096).contains(s)), "--size {:?} is outside 64 to 4096", args.size);
     let renderer = renderer(args.size[0], args.size[1]);
     let mut total = 0;
+    let mut mixed: BTreeMap<(u64, u64), Vec<String>> = BTreeMap::new();
     for name in &args.conditions {
         let condition =
             NAMES.iter().position(|n| n == name).with_context(|| format!("no condition `{name}`; known: {}", NAMES.join(", ")))?;
@@ -63,15 +67,33 @@ pub fn run(args: &Args) -> Result<()> {
                     frame.depth.iter().map(|d| if *d * 1000.0 < 65535.0 { (d * 1000.0) as u16 } else { 0 }).collect();
                 write_map(&dir.join("depth").join(&file), &millimetres, args.size[1])?;
                 let (p, heading) = world.route.at(view.s, view.lateral);
-                let _ =
-                    writeln!(poses, "{file},{:.3},{:.3},{:.3}", p.x + street as f64 * STREET_GAP, p.y, (heading + view.yaw).to_degrees());
+                let at = format!("{:.3},{:.3},{:.3}", p.x + street as f64 * STREET_GAP, p.y, (heading + view.yaw).to_degrees());
+                let _ = writeln!(poses, "{file},{at}");
+                mixed.entry((street, place)).or_default().push(format!("{name}/images/{file},SIDE,{at}"));
                 total += 1;
             }
         }
         write_file(&dir.join("images").join("poses.csv"), poses.as_bytes())?;
     }
+    write_file(&args.out.join("mixed.csv"), mixed_sides(mixed).as_bytes())?;
     println!("{}: {total} images, label maps and depth maps", args.out.display());
     Ok(())
+}
+
+/// A table of images in which half of each place's conditions, at least one, are references and the others queries: what a map
+/// that was recorded on several days holds. Without places of the query's own condition among the references a training
+/// never learns that two of them may differ. [ours]
+fn mixed_sides(places: BTreeMap<(u64, u64), Vec<String>>) -> String {
+    let mut table = String::from("image,side,x,y,heading_deg\n");
+    for ((street, place), mut lines) in places {
+        lines.shuffle(&mut ChaCha8Rng::seed_from_u64(street << 32 | place << 8 | 0xff));
+        let references = (lines.len() / 2).max(1);
+        for (i, line) in lines.iter().enumerate() {
+            table += &line.replacen("SIDE", if i < references { "reference" } else { "query" }, 1);
+            table.push('\n');
+        }
+    }
+    table
 }
 
 /// A single-channel PNG of 8 or 16 bits.

@@ -140,6 +140,12 @@ fn the_data_set_has_exact_labels_and_depth_beside_each_image() {
             assert!(root.join(condition).join("depth").join(&image.name).is_file());
         }
     }
+    // Every image is on one side of the mixed set, every query has its place on the other.
+    let mixed = structvpr::dataset::open(&format!("manifest:{}/mixed.csv,radius=8", root.display())).unwrap();
+    let names = |samples: &[structvpr::dataset::Sample]| samples.iter().map(|s| s.name.clone()).collect::<std::collections::BTreeSet<_>>();
+    let (queries, references) = (names(&mixed.queries), names(&mixed.references));
+    assert!(queries.is_disjoint(&references) && queries.len() == references.len() && queries.len() >= 2, "{queries:?} {references:?}");
+    assert!(mixed.positives.iter().all(|p| p.len() == 1), "{:?}", mixed.positives);
     let spec = format!("folder:{0}/night/images:{0}/sun/images,radius=8", root.display());
     let data = structvpr::dataset::open(&spec).unwrap();
     assert!(data.positives.iter().enumerate().all(|(i, p)| p == &[i]), "{:?}", data.positives);
