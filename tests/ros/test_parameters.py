@@ -79,7 +79,7 @@ def test_parameters_are_listed_described_and_changed(start, robot):
     for name, d in zip(listed.names, robot.describe(*listed.names)):
         assert d.name == name and d.description and d.type != ParameterType.PARAMETER_NOT_SET, name
     margin, top_k, cameras = robot.describe("decision.min_margin", "search.top_k", "input.cameras")
-    assert (margin.floating_point_range[0].from_value, margin.floating_point_range[0].to_value) == (0.0, 2.0)
+    assert (margin.floating_point_range[0].from_value, margin.floating_point_range[0].to_value) == (-1.0, 2.0)
     assert (top_k.integer_range[0].from_value, top_k.integer_range[0].to_value, top_k.read_only) == (1, 1000, False)
     assert cameras.read_only and "names" in cameras.additional_constraints
 
