@@ -234,39 +234,28 @@ fn convert_whitens_for_the_images_it_is_given() {
     let (run, white) = (run.to_str().unwrap(), p("white.safetensors"));
     let shipped = root().join("models/structvpr-synthetic-v1.safetensors");
     let shipped = shipped.to_str().unwrap();
-    let said = ok(&[
-        "convert",
-        shipped,
-        "--out",
-        &white,
-        "--dtype",
-        "f16",
-        "--name",
-        "white",
-        "--whiten",
-        &p("day"),
-        &p("dusk"),
-        "--min-margin",
-        "0.05",
-    ]);
+    let whiten = || {
+        ok(&[
+            "convert",
+            shipped,
+            "--out",
+            &white,
+            "--dtype",
+            "f16",
+            "--name",
+            "white",
+            "--whiten",
+            &p("day"),
+            &p("dusk"),
+            "--min-margin",
+            "0.05",
+        ])
+    };
+    let said = whiten();
     assert!(said.contains("\"similarity_threshold\": null") && said.contains("\"min_margin\": 0.05"), "{said}");
     // The same images give the same bytes.
     let first = std::fs::read(&white).unwrap();
-    ok(&[
-        "convert",
-        shipped,
-        "--out",
-        &white,
-        "--dtype",
-        "f16",
-        "--name",
-        "white",
-        "--whiten",
-        &p("day"),
-        &p("dusk"),
-        "--min-margin",
-        "0.05",
-    ]);
+    whiten();
     assert!(std::fs::read(&white).unwrap() == first);
     std::fs::write(p("c.yaml"), "decision: {similarity_threshold: 0.3}\n").unwrap();
     let said = ok(&["replay", run, "--model", &white, "--config", &p("c.yaml"), "--ground-truth", &p("truth.csv"), "--out", &p("out")]);
