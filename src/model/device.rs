@@ -113,7 +113,8 @@ impl Network {
             (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan(precision == Precision::Int8)?)),
             #[cfg(feature = "cuda")]
             (ComputeDevice::Cuda(n), _) => {
-                Ok(Self::Cuda(Box::new(network.gpu_plan(super::kernels::gpu::Cuda::new(n)?, precision == Precision::F16)?)))
+                use super::kernels::gpu::{Cuda, KERNELS};
+                Ok(Self::Cuda(Box::new(network.gpu_plan(Cuda::new(n, &KERNELS)?, precision == Precision::F16)?)))
             }
             #[cfg(not(feature = "cuda"))]
             (ComputeDevice::Cuda(n), _) => {

@@ -18,6 +18,8 @@ mod xfeat;
 
 pub use container::read_tensors;
 pub use device::{ComputeDevice, Cost, Limits, Precision};
+#[cfg(feature = "cuda")]
+pub use kernels::gpu::cuda;
 pub use lightglue::LightGlue;
 pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 #[cfg(feature = "cuda")]

@@ -3,6 +3,7 @@
 use crate::checkpoint::write_whole;
 use crate::data::{Loader, Set};
 use crate::learner::{Kind, Learner};
+use crate::net::Gpu;
 use crate::partition::{Phi, Select};
 use crate::rank::Recall;
 use crate::recipe::{Feature, Recipe};
@@ -18,6 +19,8 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use structvpr::model::ComputeDevice;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -30,6 +33,9 @@ pub struct Args {
     /// Processor threads; 0: all.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Where the networks are computed: cpu, or cuda:N.
+    #[arg(long, default_value_t)]
+    device: ComputeDevice,
     /// Run these seeds in place of the file's.
     #[arg(long, value_delimiter = ',')]
     seeds: Vec<u64>,
@@ -161,6 +167,7 @@ struct Seed<'a> {
     seed: u64,
     sets: &'a Sets,
     loader: &'a Loader,
+    gpu: Option<&'a Arc<Gpu>>,
     dir: PathBuf,
 }
 
@@ -168,7 +175,7 @@ impl Seed<'_> {
     /// Stage 1 of a branch: its learner, and its result.
     fn stage1(&self, kind: Kind, folder: &str) -> Result<(Learner, Finished)> {
         let dir = self.dir.join(folder);
-        let job = stage1_job(kind, self.recipe, self.seed, self.sets, self.loader);
+        let job = stage1_job(kind, self.recipe, self.seed, self.sets, self.loader, self.gpu);
         let id = identity(&(kind, self.recipe, self.seed, folder))?;
         let mut trained = None;
         let finished = cached(&dir, &id, || {
@@ -206,12 +213,13 @@ pub fn run(args: &Args) -> Result<()> {
     recipe.validate()?;
     let sets = Sets::open(&recipe, true, true)?;
     let loader = sets.loader(&recipe)?;
+    let gpu = Gpu::open(args.device, recipe.precision)?;
     let shuffled_wanted = experiments.rows.iter().any(|r| r.teacher == Teacher::Shuffled);
     let began = std::time::Instant::now();
     let mut table: BTreeMap<String, Vec<Finished>> = BTreeMap::new();
     for seed in &experiments.seeds {
         let dir = args.out.join(format!("seed-{seed}"));
-        let own = Seed { recipe: &recipe, seed: *seed, sets: &sets, loader: &loader, dir: dir.clone() };
+        let own = Seed { recipe: &recipe, seed: *seed, sets: &sets, loader: &loader, gpu: gpu.as_ref(), dir: dir.clone() };
         let (rgb, rgb_done) = own.stage1(Kind::Rgb, "rgb")?;
         let (seg, seg_done) = own.stage1(Kind::Seg, "seg")?;
         table.entry(STAGE1[0].into()).or_default().push(rgb_done);
@@ -249,8 +257,10 @@ pub fn run(args: &Args) -> Result<()> {
             own.distil.lr = row.lr.unwrap_or(own.distil.lr);
             own.validate()?;
             let id = identity(&(row, &own, seed))?;
-            let finished = cached(&folder, &id, || run_row(row, &own, *seed, (&sets, &loader, &pairs), shuffled.as_ref(), &dir, &folder))
-                .with_context(|| format!("row `{}`, seed {seed}", row.name))?;
+            let finished = cached(&folder, &id, || {
+                run_row(row, &own, *seed, (&sets, &loader, &pairs), shuffled.as_ref(), gpu.as_ref(), &dir, &folder)
+            })
+            .with_context(|| format!("row `{}`, seed {seed}", row.name))?;
             let said: Vec<String> = finished.tests.iter().map(|(n, r)| format!("{n} R@1 {:.3}", r.get(1))).collect();
             println!("seed {seed}, {}: {}   ({:.0} min so far)", row.name, said.join("  "), began.elapsed().as_secs_f64() / 60.0);
             table.entry(row.name.clone()).or_default().push(finished);
@@ -269,6 +279,7 @@ fn run_row(
     seed: u64,
     own: (&Sets, &Loader, &[Ranked]),
     shuffled: Option<&(Sets, Loader, Vec<Ranked>)>,
+    gpu: Option<&Arc<Gpu>>,
     dir: &Path,
     folder: &Path,
 ) -> Result<Finished> {
@@ -279,7 +290,7 @@ fn run_row(
     let taught = row.kind == Kind::Rgb && recipe.distillation.weighting.select != Select::None && recipe.distillation.lambda > 0.0;
     let teaching = match taught {
         true => {
-            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, loader).load(&teacher_dir)?;
+            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, loader, gpu).load(&teacher_dir)?;
             Some(teaching(teacher, pairs, recipe)?)
         }
         false => None,
@@ -292,6 +303,7 @@ fn run_row(
         train: &sets.train,
         validation: &sets.validation,
         loader,
+        gpu: gpu.cloned(),
         teaching: teaching.as_ref(),
         title: format!("seed {seed}, {}", row.name),
     };

@@ -1,7 +1,7 @@
 //! `training bench`: one training step on this machine, beside PyTorch and beside Candle's own operations.
 
 use crate::loss::{triplet, MARGIN};
-use crate::net::{gem, l2_normalize, normal, Arch, Branch, Trunk};
+use crate::net::{gem, l2_normalize, normal, Arch, Branch, Gpu, Precision, Trunk};
 use crate::optim::{AdamW, Settings};
 use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 use structvpr::eval::{write_npy, Matrix};
-use structvpr::model::Padding;
+use structvpr::model::{ComputeDevice, Padding};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -33,9 +33,23 @@ pub struct Args {
     /// Height and width of the images.
     #[arg(long, num_args = 2, default_values_t = [240, 320])]
     size: Vec<usize>,
+    /// Also on this device: cuda:N.
+    #[arg(long, default_value_t)]
+    device: ComputeDevice,
+    /// What that device keeps maps in: f32 or bf16.
+    #[arg(long, default_value = "f32", value_parser = precision)]
+    precision: Precision,
     /// Steps that count of each side.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
+}
+
+fn precision(name: &str) -> Result<Precision, String> {
+    match name {
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        _ => Err("f32 or bf16".into()),
+    }
 }
 
 const LR: f64 = 1e-4;
@@ -100,7 +114,18 @@ pub fn run(args: &Args) -> Result<()> {
     let image: Vec<f32> = (0..3 * 3 * b * h * w).map(|_| normal(&mut rng) as f32).collect();
     let x = Tensor::from_vec(image, (3, 3 * b, h, w), &Device::Cpu)?;
     let branch = Branch::<f32>::random(Trunk::new(Arch::MobileNetV2, 3, Padding::Symmetric), 2)?;
-    let mut optimiser = AdamW::new(Settings::default(), vec![(branch.weights.clone(), branch.decaying()), (branch.power.clone(), vec![])]);
+    let optimiser = |b: &Branch| AdamW::new(Settings::default(), vec![(b.weights.clone(), b.decaying()), (b.power.clone(), vec![])]);
+    let gpu = Gpu::open(args.device, args.precision)?;
+    let mut away = match &gpu {
+        Some(_) => {
+            let mut b = Branch::<f32>::random(Trunk::new(Arch::MobileNetV2, 3, Padding::Symmetric), 2)?;
+            b.compute_on(gpu);
+            let own = optimiser(&b);
+            Some((b, own, Vec::new(), f64::NAN))
+        }
+        None => None,
+    };
+    let mut optimiser = optimiser(&branch);
 
     let dir = tempfile::tempdir()?;
     let mut peer = None;
@@ -123,6 +148,16 @@ pub fn run(args: &Args) -> Result<()> {
         optimiser.step(&loss.backward()?, LR)?;
         let seconds = began.elapsed().as_secs_f64();
         let loss = f64::from(loss.to_scalar::<f32>()?);
+        if let Some((b, optimiser, times, first)) = &mut away {
+            let began = Instant::now();
+            let loss = split(&b.forward(&x, true)?.descriptor)?;
+            optimiser.step(&loss.backward()?, LR)?;
+            let seconds = began.elapsed().as_secs_f64();
+            match round {
+                0 => *first = f64::from(loss.to_scalar::<f32>()?),
+                _ => times.push(seconds),
+            }
+        }
         let peer = peer.as_mut().map(|p| p.step()).transpose()?;
         losses.push((loss, peer.map(|p| p.1)));
         if round > 0 {
@@ -134,6 +169,11 @@ pub fn run(args: &Args) -> Result<()> {
     let ours = median(ours);
     println!("one step of {b} triplets at {h}x{w}, forward, backward, AdamW, {} thread(s), median of {}", args.threads, args.rounds);
     println!("ours             {:8.0} ms", 1e3 * ours);
+    if let Some((.., times, first)) = away {
+        let there = median(times);
+        println!("on {}, {:?} {:8.1} ms   ratio {:.3} to the processor's", args.device, args.precision, 1e3 * there, there / ours);
+        println!("loss of the first step there {first:.6}, here {:.6}", losses[0].0);
+    }
     if !theirs.is_empty() {
         let theirs = median(theirs);
         println!("PyTorch          {:8.0} ms   ratio {:.2}", 1e3 * theirs, ours / theirs);

@@ -1,13 +1,14 @@
 //! What is trained: a branch, or one of the supplement's rivals, behind one face.
 
 use crate::data::{Input, Loader};
-use crate::net::{l2_normalize, normal, Arch, Branch, Features, Mode, Pool, Trunk};
+use crate::net::{l2_normalize, normal, Arch, Branch, Features, Gpu, Mode, Pool, Trunk};
 use crate::recipe::{Pooling, Recipe};
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{Device, Tensor, Var};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use structvpr::error::read_file;
 use structvpr::model::{Model, ModelSpec, Padding, Pooling as CorePooling, Weights};
 
@@ -113,6 +114,13 @@ impl Learner {
         spec.tap_norm = true;
         spec.forget_recommended();
         Ok(Self { kind, branches, decoder, pooling: recipe.pooling, spec })
+    }
+
+    /// Has its trunks computed by `gpu` from now on, or on the processor.
+    pub fn compute_on(&mut self, gpu: Option<&Arc<Gpu>>) {
+        for (branch, _) in &mut self.branches {
+            branch.compute_on(gpu.cloned());
+        }
     }
 
     /// Inputs that [`Learner::forward`] wants, in order.

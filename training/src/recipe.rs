@@ -2,6 +2,7 @@
 
 use crate::augment::Settings as Augment;
 use crate::data::{Near, Settings as Data};
+use crate::net::Precision;
 use crate::partition::Weighting;
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
@@ -44,6 +45,9 @@ pub struct Recipe {
     pub distillation: Distillation,
     #[serde(default)]
     pub on_nan: OnNan,
+    /// What a GPU (`--device cuda:0`) keeps maps in; a processor computes in f32.
+    #[serde(default, skip_serializing_if = "is_f32")]
+    pub precision: Precision,
     /// Licence of the model that comes out.
     #[serde(default = "unknown")]
     pub license: String,
@@ -52,6 +56,11 @@ pub struct Recipe {
 /// A checkpoint's identity has no `mix`: it is the same training.
 fn all_trained(mix: &f64) -> bool {
     *mix == 1.0
+}
+
+/// Nor has that of a training in f32 a precision.
+fn is_f32(precision: &Precision) -> bool {
+    *precision == Precision::F32
 }
 
 fn unknown() -> String {

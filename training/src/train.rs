@@ -4,6 +4,7 @@ use crate::checkpoint::{Checkpoint, Header, Log, VERSION};
 use crate::data::{progress, Input, Item, Loader, Set};
 use crate::learner::{preprocessing, Kind, Learner, SEGMENTATION, UNFOLD_IMAGES};
 use crate::loss::{distance, triplet, MARGIN};
+use crate::net::{Gpu, Precision};
 use crate::optim::{cosine, AdamW, Settings as Adam};
 use crate::rank::{best_ranks, describe, similarities, Recall, Rows};
 use crate::recipe::{Feature, OnNan, Positives, Recipe, Schedule};
@@ -18,6 +19,7 @@ use sha2::{Digest, Sha256};
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
+use std::sync::Arc;
 
 /// A teacher and what it teaches: the weight of each training pair (query, reference).
 pub struct Teaching {
@@ -36,6 +38,8 @@ pub struct Job<'a> {
     pub train: &'a Set,
     pub validation: &'a Set,
     pub loader: &'a Loader,
+    /// Where the networks are computed; none: on the processor.
+    pub gpu: Option<Arc<Gpu>>,
     pub teaching: Option<&'a Teaching>,
     /// What the progress bar is called.
     pub title: String,
@@ -62,7 +66,7 @@ struct Triplet {
 struct Batch {
     images: Vec<Tensor>,
     teacher: Option<Vec<Tensor>>,
-    planes: Vec<std::sync::Arc<crate::augment::Pair>>,
+    planes: Vec<Arc<crate::augment::Pair>>,
     /// Names, for what is not a number.
     names: Vec<String>,
     weights: Vec<f32>,
@@ -77,6 +81,9 @@ impl Job<'_> {
         let schedule = Schedule { mix: 1.0, ..self.schedule.clone() };
         hash.update(serde_json::to_vec(&(self.kind, schedule, self.seed, &r.data, &r.augment, &r.init, r.pooling, r.on_nan))?);
         hash.update(serde_json::to_vec(&(&r.near, &r.train, &r.validation))?);
+        if r.precision != Precision::F32 {
+            hash.update(serde_json::to_vec(&r.precision)?);
+        }
         if self.teaching.is_some() {
             hash.update(serde_json::to_vec(&r.distillation)?);
         }
@@ -162,7 +169,9 @@ impl Job<'_> {
             let pairs = chosen.iter().map(|i| self.loader.get(i)).collect::<Result<Vec<_>>>()?;
             self.loader.tensor(&pairs, input)
         };
-        Learner::new(self.kind, self.recipe, self.loader, self.seed, sample)
+        let mut learner = Learner::new(self.kind, self.recipe, self.loader, self.seed, sample)?;
+        learner.compute_on(self.gpu.as_ref());
+        Ok(learner)
     }
 
     /// The learner with the best weights of a finished training in `dir`.

@@ -3,6 +3,7 @@
 use crate::checkpoint::write_whole;
 use crate::data::{progress, Loader, Set};
 use crate::learner::{Kind, Learner};
+use crate::net::Gpu;
 use crate::partition::{counts, group, Complementarity, Group, GROUPS};
 use crate::rank::{best_ranks, rank_among_wrong, similarities, Recall};
 use crate::recipe::Recipe;
@@ -13,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use structvpr::model::ComputeDevice;
 
 #[derive(clap::Args)]
 pub struct Common {
@@ -25,6 +28,9 @@ pub struct Common {
     /// Processor threads; 0: all.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Where the networks are computed: cpu, or cuda:N.
+    #[arg(long, default_value_t)]
+    device: ComputeDevice,
 }
 
 #[derive(clap::Args)]
@@ -185,6 +191,7 @@ pub fn stage1(args: &Stage1) -> Result<()> {
         train: &sets.train,
         validation: &sets.validation,
         loader: &loader,
+        gpu: Gpu::open(args.common.device, recipe.precision)?,
         teaching: None,
         title: format!("stage 1, {}", args.branch),
     };
@@ -327,10 +334,11 @@ pub fn fingerprint(learner: &Learner) -> Result<String> {
 }
 
 /// The jobs whose results a partition reads.
-pub fn stage1_job<'a>(kind: Kind, recipe: &'a Recipe, seed: u64, sets: &'a Sets, loader: &'a Loader) -> Job<'a> {
+pub fn stage1_job<'a>(kind: Kind, recipe: &'a Recipe, seed: u64, sets: &'a Sets, loader: &'a Loader, gpu: Option<&Arc<Gpu>>) -> Job<'a> {
     let schedule = if kind == Kind::Seg { &recipe.seg } else { &recipe.rgb };
     let title = format!("stage 1, {}", if kind == Kind::Seg { "seg" } else { "rgb" });
-    Job { kind, recipe, schedule, seed, train: &sets.train, validation: &sets.validation, loader, teaching: None, title }
+    let (train, validation) = (&sets.train, &sets.validation);
+    Job { kind, recipe, schedule, seed, train, validation, loader, gpu: gpu.cloned(), teaching: None, title }
 }
 
 /// Writes pairs.csv, partition.json and report.html.
@@ -353,8 +361,9 @@ pub fn partition(args: &Partition) -> Result<()> {
     let recipe = Recipe::open(&args.common.config)?;
     let sets = Sets::open(&recipe, true, false)?;
     let loader = sets.loader(&recipe)?;
-    let seg = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader).load(&args.seg)?;
-    let rgb = stage1_job(Kind::Rgb, &recipe, args.common.seed, &sets, &loader).load(&args.rgb)?;
+    let gpu = Gpu::open(args.common.device, recipe.precision)?;
+    let seg = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.seg)?;
+    let rgb = stage1_job(Kind::Rgb, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.rgb)?;
     let ranks = ranks(&seg, &rgb, &loader, &sets.train, recipe.distillation.weighting.n_t)?;
     let summary = summarise(&ranks, &recipe, &fingerprint(&seg)?);
     write_partition(&ranks, &summary, &recipe, &sets, &args.out)?;
@@ -400,7 +409,8 @@ pub fn distill(args: &Distill) -> Result<()> {
     let recipe = Recipe::open(&args.common.config)?;
     let sets = Sets::open(&recipe, true, false)?;
     let loader = sets.loader(&recipe)?;
-    let teacher = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader).load(&args.seg)?;
+    let gpu = Gpu::open(args.common.device, recipe.precision)?;
+    let teacher = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.seg)?;
     let path = args.partition.join("partition.json");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let summary: PartitionSummary = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
@@ -415,6 +425,7 @@ pub fn distill(args: &Distill) -> Result<()> {
         train: &sets.train,
         validation: &sets.validation,
         loader: &loader,
+        gpu,
         teaching: Some(&teaching),
         title: "stage 2".into(),
     };

@@ -2,6 +2,9 @@
 
 pub mod depthwise;
 pub mod gemm;
+// Without CUDA there is no machine to run it on but that of its tests.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub mod gpu;
 pub mod naive;
 pub mod norm;
 mod op;
@@ -9,6 +12,7 @@ pub mod pointwise;
 pub mod real;
 pub mod trunk;
 
+pub use gpu::{Gpu, Precision};
 pub use op::gem;
 pub use real::Real;
 pub use structvpr::model::l2_normalize;
@@ -28,6 +32,7 @@ pub struct Branch<T: Real = f32> {
     pub power: Var,
     statistics: Arc<Mutex<Vec<T>>>,
     pool: Arc<Mutex<Pool<T>>>,
+    gpu: Option<Arc<Gpu>>,
 }
 
 /// What a branch makes of a batch.
@@ -82,8 +87,14 @@ impl<T: Real> Branch<T> {
             power: Var::from_vec(vec![T::of(power)], 1, &Device::Cpu)?,
             statistics: Arc::new(Mutex::new(statistics)),
             pool: Arc::default(),
+            gpu: None,
             trunk: Arc::new(trunk),
         })
+    }
+
+    /// Has its trunk computed by `gpu` from now on; a branch of f32 only.
+    pub fn compute_on(&mut self, gpu: Option<Arc<Gpu>>) {
+        self.gpu = gpu;
     }
 
     /// The ranges of the weights that decay: convolutions, not scales and shifts. [ours]
@@ -108,6 +119,7 @@ impl<T: Real> Branch<T> {
             trunk: self.trunk.clone(),
             statistics: self.statistics.clone(),
             pool: self.pool.clone(),
+            gpu: self.gpu.clone(),
             train,
             saved: Mutex::new(None),
         };

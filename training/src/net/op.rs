@@ -1,5 +1,6 @@
 //! The trunk and GeM as Candle custom ops, so that all that is small (losses, projections) is written in Candle.
 
+use super::gpu::{self, Gpu};
 use super::real::Real;
 use super::trunk::{Mode, Pool, Saved, Trunk};
 use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
@@ -24,14 +25,44 @@ pub(super) struct TrunkOp<T: Real> {
     pub trunk: Arc<Trunk>,
     pub statistics: Arc<Mutex<Vec<T>>>,
     pub pool: Arc<Mutex<Pool<T>>>,
+    /// Where it is computed, if not on the processor.
+    pub gpu: Option<Arc<Gpu>>,
     pub train: bool,
-    pub saved: Mutex<Option<Saved<T>>>,
+    pub saved: Mutex<Option<Kept<T>>>,
+}
+
+/// What the backward pass needs, where it was made.
+pub(super) enum Kept<T> {
+    Here(Saved<T>),
+    There(gpu::Saved),
+}
+
+impl<T: Real> TrunkOp<T> {
+    fn recycle(&self, kept: Kept<T>) {
+        match (kept, &self.gpu) {
+            (Kept::Here(saved), _) => lock(&self.pool).recycle(saved),
+            (Kept::There(saved), Some(gpu)) => gpu.recycle(saved),
+            (Kept::There(_), None) => {}
+        }
+    }
+
+    /// Taps on the GPU.
+    fn away(&self, gpu: &Gpu, weights: &[f32], image: &[f32], shape: (usize, usize, usize)) -> Result<Vec<f32>> {
+        let mut own = lock(&self.statistics);
+        let mut statistics: Vec<f64> = own.iter().map(|v| v.wide()).collect();
+        let (taps, saved) = gpu.forward(&self.trunk, weights, &mut statistics, self.train, image, shape)?;
+        if self.train {
+            own.iter_mut().zip(&statistics).for_each(|(to, v)| *to = T::of(*v));
+        }
+        *lock(&self.saved) = saved.map(Kept::There);
+        Ok(taps)
+    }
 }
 
 impl<T: Real> Drop for TrunkOp<T> {
     fn drop(&mut self) {
-        if let Some(saved) = lock(&self.saved).take() {
-            lock(&self.pool).recycle(saved);
+        if let Some(kept) = lock(&self.saved).take() {
+            self.recycle(kept);
         }
     }
 }
@@ -52,12 +83,19 @@ impl<T: Real> CustomOp2 for TrunkOp<T> {
                 self.trunk.weights
             );
         }
+        if let Some(gpu) = &self.gpu {
+            // Only f32 goes there: f64 is refused by these.
+            let (image, weights) = (slice::<f32>("trunk", s1, l1)?, slice::<f32>("trunk", s2, l2)?);
+            let taps = self.away(gpu, weights, image, (images, height, width))?;
+            let n = taps.len();
+            return Ok((CpuStorage::F32(taps), n.into()));
+        }
         let mut statistics = lock(&self.statistics);
         let mode = if self.train { Mode::Train(&mut statistics) } else { Mode::Eval(&statistics) };
         let mut pool = lock(&self.pool);
         let (taps, saved) = self.trunk.forward(weights, mode, image, images, (height, width), &mut pool);
         if self.train {
-            *lock(&self.saved) = Some(saved);
+            *lock(&self.saved) = Some(Kept::Here(saved));
         } else {
             pool.recycle(saved);
         }
@@ -69,12 +107,17 @@ impl<T: Real> CustomOp2 for TrunkOp<T> {
         let Some(saved) = lock(&self.saved).take() else {
             bail!("trunk: a gradient was asked of a pass that was not one of training, or twice of one pass")
         };
-        let mut pool = lock(&self.pool);
-        let values = weights.to_vec1::<T>()?;
-        let out = self.trunk.backward(&values, &saved, &grad.contiguous()?.to_vec1::<T>()?, &mut pool);
-        pool.recycle(saved);
-        let n = out.len();
-        Ok((None, Some(Tensor::from_vec(out, n, weights.device())?)))
+        let grad = grad.contiguous()?;
+        let out = match (&saved, &self.gpu) {
+            (Kept::There(kept), Some(gpu)) => Tensor::new(gpu.backward(&self.trunk, kept, &grad.to_vec1::<f32>()?)?, weights.device())?,
+            (Kept::Here(kept), _) => {
+                let out = self.trunk.backward(&weights.to_vec1::<T>()?, kept, &grad.to_vec1::<T>()?, &mut lock(&self.pool));
+                Tensor::new(out, weights.device())?
+            }
+            (Kept::There(_), None) => bail!("trunk: a pass on a GPU that is gone"),
+        };
+        self.recycle(saved);
+        Ok((None, Some(out)))
     }
 }
 

@@ -7,18 +7,18 @@ use rand::Rng;
 use structvpr::model::kernels::Pad;
 use structvpr::model::Padding;
 
-fn numbers(seed: u64, n: usize) -> Vec<f64> {
+pub(super) fn numbers(seed: u64, n: usize) -> Vec<f64> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..n).map(|_| normal(&mut rng)).collect()
 }
 
-fn image<T: Real>(seed: u64, c: usize, n: usize, h: usize, w: usize) -> Tensor {
+pub(super) fn image<T: Real>(seed: u64, c: usize, n: usize, h: usize, w: usize) -> Tensor {
     let values: Vec<T> = numbers(seed, c * n * h * w).into_iter().map(T::of).collect();
     Tensor::from_vec(values, (c, n, h, w), &Device::Cpu).unwrap()
 }
 
 /// Random scales and shifts, too, so that activations saturate on both sides.
-fn branch<T: Real>(arch: Arch, channels: usize, padding: Padding, seed: u64) -> Branch<T> {
+pub(super) fn branch<T: Real>(arch: Arch, channels: usize, padding: Padding, seed: u64) -> Branch<T> {
     let trunk = Trunk::new(arch, channels, padding);
     let b = Branch::<T>::random(trunk, seed).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 99);
@@ -36,7 +36,7 @@ fn branch<T: Real>(arch: Arch, channels: usize, padding: Padding, seed: u64) -> 
 }
 
 /// A loss that every tap's every value moves: a fixed random weight for each.
-fn loss(taps: &[Tensor], seed: u64) -> Result<Tensor> {
+pub(super) fn loss(taps: &[Tensor], seed: u64) -> Result<Tensor> {
     let mut total: Option<Tensor> = None;
     for (i, tap) in taps.iter().enumerate() {
         let (c, n, h, w) = tap.dims4()?;

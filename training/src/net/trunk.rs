@@ -232,7 +232,28 @@ impl Trunk {
         self.tap_channels().iter().sum()
     }
 
-    fn pad(&self, height: usize, width: usize, stride: usize) -> Pad {
+    /// Where activations saturate.
+    pub(super) fn top(&self) -> f64 {
+        self.top
+    }
+
+    /// Values of the largest map that an image of this height and width makes.
+    pub(super) fn largest(&self, size: (usize, usize)) -> usize {
+        let mut at = size;
+        let mut most = self.channels * at.0 * at.1;
+        if let Some(conv) = &self.stem {
+            at = self.reduced(at, 2);
+            // Its patches, too.
+            most = most.max(conv.outputs.max(9 * self.channels) * at.0 * at.1);
+        }
+        for block in &self.blocks {
+            most = most.max(block.depthwise.inputs * at.0 * at.1);
+            at = self.reduced(at, block.depthwise.stride);
+        }
+        most
+    }
+
+    pub(super) fn pad(&self, height: usize, width: usize, stride: usize) -> Pad {
         match self.padding {
             Padding::Symmetric => Pad::ONE,
             Padding::Same => Pad::same(height, width, stride),
@@ -240,7 +261,7 @@ impl Trunk {
     }
 
     /// Height and width after a 3x3 at `stride`.
-    fn reduced(&self, (h, w): (usize, usize), stride: usize) -> (usize, usize) {
+    pub(super) fn reduced(&self, (h, w): (usize, usize), stride: usize) -> (usize, usize) {
         // Neither padding lets a plane of one pixel or more vanish.
         self.pad(h, w, stride).output(h, w, stride).unwrap_or((1, 1))
     }

@@ -35,7 +35,7 @@ fn noise_world(dir: &Path) -> Recipe {
 fn job<'a>(recipe: &'a Recipe, kind: Kind, sets: &'a Sets, loader: &'a Loader, teaching: Option<&'a Teaching>) -> Job<'a> {
     let schedule = &recipe.distil;
     let (train, validation) = (&sets.train, &sets.validation);
-    Job { kind, recipe, schedule, seed: 1, train, validation, loader, teaching, title: String::new() }
+    Job { kind, recipe, schedule, seed: 1, train, validation, loader, gpu: None, teaching, title: String::new() }
 }
 
 /// A teacher whose weight for one query's pair is infinite.
@@ -171,4 +171,52 @@ fn a_power_that_a_step_throws_out_of_range_comes_back() {
     job.interval(&learner, &projections, &mut [&mut optimisers.0, &mut optimisers.1], &triplets, &mut header, &mut log, &bar).unwrap();
     let power = learner.state().unwrap().into_iter().find(|(n, _)| n == "branch0.power").unwrap().1[0];
     assert!(power == 1.0 || power == 30.0, "{power}");
+}
+
+/// Losses and recalls of a training, step by step, and what it leaves.
+fn history(recipe: &Recipe, sets: &Sets, loader: &Loader, gpu: Option<Arc<Gpu>>, dir: &Path) -> (Vec<f64>, Vec<(String, Vec<f32>)>) {
+    let mut job = job(recipe, Kind::Rgb, sets, loader, None);
+    job.gpu = gpu;
+    let state = job.run(dir).unwrap().0.state().unwrap();
+    let losses = Log::open(dir, recipe.distil.steps).unwrap().lines().iter().filter_map(|l| l.values.get("loss").copied()).collect();
+    (losses, state)
+}
+
+#[test]
+fn a_training_on_a_gpu_is_the_processors_and_bf16_follows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let run = |name: &str, gpu| history(&recipe, &sets, &loader, gpu, &dir.path().join(name));
+    let (want, cpu) = run("cpu", None);
+    let length = |v: &mut dyn Iterator<Item = f32>| v.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    for (precision, loss, weights) in [(Precision::F32, 0.02, 1e-3), (Precision::Bf16, 0.06, 1e-2)] {
+        let name = format!("{precision:?}");
+        let (losses, state) = run(&name, Some(crate::net::gpu::host(precision)));
+        let worst = losses.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(losses.len() == 8 && worst < loss, "{name}: {losses:?} against {want:?}");
+        for ((what, a), (_, b)) in state.iter().zip(&cpu) {
+            let off = length(&mut a.iter().zip(b).map(|(a, b)| a - b)) / length(&mut b.iter().copied());
+            assert!(off < weights, "{name}, {what}: {off}");
+        }
+        // The same machine, the same bytes.
+        let again = run(&format!("{name} again"), Some(crate::net::gpu::host(precision)));
+        assert!(again == (losses, state), "{name}");
+    }
+}
+
+/// A recipe in bf16 is another training: its checkpoint is not gone on with in f32.
+#[test]
+fn the_precision_is_part_of_a_trainings_identity_and_f32_is_as_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut recipe = noise_world(dir.path());
+    let sets = Sets::open(&recipe, false, false).unwrap();
+    let loader = sets.loader(&recipe).unwrap();
+    let id = |recipe: &Recipe| job(recipe, Kind::Rgb, &sets, &loader, None).identity().unwrap();
+    let before = id(&recipe);
+    assert!(!serde_yaml::to_string(&recipe).unwrap().contains("precision"));
+    recipe.precision = Precision::Bf16;
+    assert_ne!(id(&recipe), before);
+    assert!(serde_yaml::to_string(&recipe).unwrap().contains("precision: bf16"));
 }

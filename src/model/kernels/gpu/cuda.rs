@@ -1,4 +1,4 @@
-//! A CUDA device: one stream, memory by address, our kernels by NVRTC, matrix products by cuBLAS.
+//! A CUDA device: one stream, memory by address, kernels by NVRTC, matrix products by cuBLAS.
 
 use super::{Args, Machine, Product, SOURCE};
 use crate::error::{Error, Result};
@@ -6,9 +6,8 @@ use crate::model::device::Limits;
 use candle_core::cuda_backend::cudarc;
 use cudarc::cublas::{result::gemm_ex, sys as blas, CudaBlas};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{
-    CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, PushKernelArg,
-};
+pub use cudarc::driver::DeviceRepr;
+use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg};
 use cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -16,16 +15,65 @@ use std::sync::Arc;
 
 /// Threads of a block.
 const BLOCK: u32 = 128;
-const KERNELS: [&str; 5] = ["stem", "depthwise", "finish", "pool_strip", "pool"];
 
 // SAFETY: plain numbers, laid out as the kernels' `Args` (both are C structs of the same fields).
 unsafe impl DeviceRepr for Args {}
 
+/// Kernels as text: `NAME_TYPE(long long items, Args)` for each name and both types.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    pub source: &'static str,
+    pub names: &'static [&'static str],
+    /// The wide type and the narrow one.
+    pub types: [&'static str; 2],
+}
+
+/// Numbers of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Number {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Number {
+    fn kind(self) -> blas::cudaDataType_t {
+        match self {
+            Self::F32 => blas::cudaDataType_t::CUDA_R_32F,
+            Self::F16 => blas::cudaDataType_t::CUDA_R_16F,
+            Self::Bf16 => blas::cudaDataType_t::CUDA_R_16BF,
+        }
+    }
+}
+
+/// A matrix on the device, as cuBLAS counts: column after column.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix {
+    pub address: u64,
+    /// From one column to the next.
+    pub leading: usize,
+    /// Taken with rows for columns.
+    pub transposed: bool,
+}
+
+/// `c = a b`, or `c + a b` with `add`: `m` x `k` by `k` x `n`, summed in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Gemm {
+    pub sizes: (usize, usize, usize),
+    pub a: Matrix,
+    pub b: Matrix,
+    /// `m` rows, column after column.
+    pub c: u64,
+    pub of: Number,
+    pub into: Number,
+    pub add: bool,
+}
+
 /// One device with its stream.
-pub(crate) struct Cuda {
+pub struct Cuda {
     stream: Arc<CudaStream>,
     blas: CudaBlas,
-    /// By name; in f32 and in f16.
+    /// By name; in the wide type and the narrow one.
     kernels: BTreeMap<&'static str, [CudaFunction; 2]>,
     /// By address.
     memory: BTreeMap<u64, CudaSlice<u8>>,
@@ -57,7 +105,7 @@ impl Cuda {
     /// Opens a device and compiles the kernels for it.
     ///
     /// Errors: no driver, no such device, NVRTC's own.
-    pub fn new(number: usize) -> Result<Self> {
+    pub fn new(number: usize, kernels: &Kernels) -> Result<Self> {
         let context = Self::context(number)?;
         // One stream for all: nothing to track between streams.
         // SAFETY: all memory of this context that we allocate is used on this one stream.
@@ -65,10 +113,11 @@ impl Cuda {
         let stream = context.new_stream().map_err(said("no stream"))?;
         let (major, minor) = context.compute_capability().map_err(said("its compute capability"))?;
         let options = CompileOptions { options: vec![format!("--gpu-architecture=compute_{major}{minor}")], ..CompileOptions::default() };
-        let ptx = compile_ptx_with_opts(SOURCE, options).map_err(|e| Error::Device { reason: format!("NVRTC: {e}") })?;
+        let ptx = compile_ptx_with_opts(kernels.source, options).map_err(|e| Error::Device { reason: format!("NVRTC: {e}") })?;
         let module = context.load_module(ptx).map_err(said("the kernels cannot be loaded"))?;
         let load = |name: &str, kind: &str| module.load_function(&format!("{name}_{kind}")).map_err(said("a kernel is missing"));
-        let kernels = KERNELS.into_iter().map(|name| Ok((name, [load(name, "f32")?, load(name, "f16")?])));
+        let [wide, narrow] = kernels.types;
+        let kernels = kernels.names.iter().map(|name| Ok((*name, [load(name, wide)?, load(name, narrow)?])));
         let blas = CudaBlas::new(stream.clone()).map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })?;
         Ok(Self { blas, kernels: kernels.collect::<Result<_>>()?, memory: BTreeMap::new(), staging: None, stream })
     }
@@ -98,10 +147,11 @@ impl Cuda {
         // Two transfers a clock.
         Some(Limits { f32: units * clock * single, f16: units * clock * half, memory: 2.0 * memory_clock * bus })
     }
-}
 
-impl Machine for Cuda {
-    fn reserve(&mut self, bytes: usize) -> Result<u64> {
+    /// Address of `bytes` of memory of its own, 256-aligned; freed with the device, or by [`Self::free`].
+    ///
+    /// Errors: no room.
+    pub fn reserve(&mut self, bytes: usize) -> Result<u64> {
         // SAFETY: memory that is not set; every kernel writes all of what a later one reads.
         let slice = unsafe { self.stream.alloc::<u8>(bytes) }.map_err(|e| Error::Device { reason: format!("{bytes} bytes: {e}") })?;
         let address = slice.device_ptr(&self.stream).0;
@@ -109,69 +159,79 @@ impl Machine for Cuda {
         Ok(address)
     }
 
-    fn free(&mut self, address: u64) -> Result<()> {
-        // Given back on the stream, after all that uses it.
+    /// Gives back what [`Self::reserve`] gave, on the stream: after all that uses it.
+    pub fn free(&mut self, address: u64) {
         self.memory.remove(&address);
-        Ok(())
     }
 
-    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+    /// Copies to the device.
+    pub fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
         let slice = self.memory.get_mut(&to).ok_or_else(unknown)?;
         self.stream.memcpy_htod(bytes, slice).map_err(said("upload"))
     }
 
-    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+    /// The same through page-locked memory, which `fill` writes; for what comes in one size again and again.
+    pub fn upload_again(&mut self, to: u64, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<()> {
         let failed = said("upload");
         // SAFETY: memory that is not set; it is written before it is read.
-        let made = |context: &Arc<CudaContext>| unsafe { context.alloc_pinned(bytes.len()) }.map_err(said("page-locked memory"));
+        let made = |context: &Arc<CudaContext>| unsafe { context.alloc_pinned(bytes) }.map_err(said("page-locked memory"));
         let staging = match self.staging.take() {
-            Some(s) if s.len() == bytes.len() => s,
+            Some(s) if s.len() == bytes => s,
             _ => made(self.stream.context())?,
         };
         let staging = self.staging.insert(staging);
         // Waits for the upload before this one, which may still read it.
-        staging.as_mut_slice().map_err(&failed)?.copy_from_slice(bytes);
+        fill(staging.as_mut_slice().map_err(&failed)?);
         self.stream.memcpy_htod(staging, self.memory.get_mut(&to).ok_or_else(unknown)?).map_err(&failed)
     }
 
-    fn launch(&mut self, kernel: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
+    /// Runs a kernel over `items`, in its narrow type or in the wide one.
+    ///
+    /// # Safety
+    ///
+    /// The kernel takes a 64-bit count and `A`, and touches no memory but what was reserved here.
+    pub unsafe fn launch<A: DeviceRepr>(&mut self, kernel: &'static str, narrow: bool, items: usize, args: &A) -> Result<()> {
         let Some(functions) = self.kernels.get(kernel) else { return Err(Error::Device { reason: format!("no kernel {kernel}") }) };
         let (items, blocks) = (items as i64, items.div_ceil(BLOCK as usize) as u32);
         let config = LaunchConfig { grid_dim: (blocks.max(1), 1, 1), block_dim: (BLOCK, 1, 1), shared_mem_bytes: 0 };
-        let mut launch = self.stream.launch_builder(&functions[usize::from(half)]);
+        let mut launch = self.stream.launch_builder(&functions[usize::from(narrow)]);
         launch.arg(&items).arg(args);
-        // SAFETY: the kernel takes a 64-bit count and `Args`; the plan laid out the memory that they name.
+        // SAFETY: the caller's.
         unsafe { launch.launch(config) }.map(drop).map_err(said(kernel))
     }
 
-    fn product(&mut self, p: &Product) -> Result<()> {
-        let kind = if p.half { blas::cudaDataType_t::CUDA_R_16F } else { blas::cudaDataType_t::CUDA_R_32F };
-        let (one, zero) = (1f32, 0f32);
+    /// A matrix product.
+    ///
+    /// # Safety
+    ///
+    /// The three matrices lie in memory that was reserved here, in these sizes.
+    pub unsafe fn gemm(&mut self, g: &Gemm) -> Result<()> {
         // cuBLAS takes the device from the thread, which may be another than the last time.
         self.stream.context().bind_to_thread().map_err(said("cuBLAS"))?;
+        let (one, before) = (1f32, if g.add { 1f32 } else { 0f32 });
         let scalar = |v: &f32| std::ptr::from_ref(v).cast::<c_void>();
-        let (outputs, pixels, inputs) = (p.outputs as i32, p.pixels as i32, p.inputs as i32);
-        // cuBLAS counts columns first: what it takes for y^T = w x^T is our y = x w^T.
-        // SAFETY: the three matrices lie in memory that the plan laid out for them, in these sizes.
+        let op = |m: &Matrix| if m.transposed { blas::cublasOperation_t::CUBLAS_OP_T } else { blas::cublasOperation_t::CUBLAS_OP_N };
+        let (m, n, k) = g.sizes;
+        // SAFETY: the caller's.
         unsafe {
             gemm_ex(
                 *self.blas.handle(),
-                blas::cublasOperation_t::CUBLAS_OP_T,
-                blas::cublasOperation_t::CUBLAS_OP_N,
-                outputs,
-                pixels,
-                inputs,
+                op(&g.a),
+                op(&g.b),
+                m as i32,
+                n as i32,
+                k as i32,
                 scalar(&one),
-                p.w as *const c_void,
-                kind,
-                inputs,
-                p.x as *const c_void,
-                kind,
-                inputs,
-                scalar(&zero),
-                p.y as *mut c_void,
-                kind,
-                outputs,
+                g.a.address as *const c_void,
+                g.of.kind(),
+                g.a.leading as i32,
+                g.b.address as *const c_void,
+                g.of.kind(),
+                g.b.leading as i32,
+                scalar(&before),
+                g.c as *mut c_void,
+                g.into.kind(),
+                m as i32,
                 blas::cublasComputeType_t::CUBLAS_COMPUTE_32F,
                 blas::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
@@ -179,7 +239,8 @@ impl Machine for Cuda {
         .map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })
     }
 
-    fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
+    /// Waits for all that was asked for and copies back.
+    pub fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
         let slice = self.memory.get(&from).ok_or_else(unknown)?;
         let mut bytes = vec![0u8; std::mem::size_of_val(values)];
         self.stream.memcpy_dtoh(&slice.slice(..bytes.len()), &mut bytes).map_err(said("download"))?;
@@ -190,3 +251,51 @@ impl Machine for Cuda {
         Ok(())
     }
 }
+
+impl Machine for Cuda {
+    fn reserve(&mut self, bytes: usize) -> Result<u64> {
+        self.reserve(bytes)
+    }
+
+    fn free(&mut self, address: u64) -> Result<()> {
+        self.free(address);
+        Ok(())
+    }
+
+    fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.upload(to, bytes)
+    }
+
+    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
+        self.upload_again(to, bytes.len(), |staging| staging.copy_from_slice(bytes))
+    }
+
+    fn launch(&mut self, kernel: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
+        // SAFETY: the kernels of `SOURCE` take a count and `Args`; the plan laid out the memory that they name.
+        unsafe { self.launch(kernel, half, items, args) }
+    }
+
+    fn product(&mut self, p: &Product) -> Result<()> {
+        let of = if p.half { Number::F16 } else { Number::F32 };
+        // Column after column, what is asked for as y = x w^T is y^T = w x^T.
+        let gemm = Gemm {
+            sizes: (p.outputs, p.pixels, p.inputs),
+            a: Matrix { address: p.w, leading: p.inputs, transposed: true },
+            b: Matrix { address: p.x, leading: p.inputs, transposed: false },
+            c: p.y,
+            of,
+            into: of,
+            add: false,
+        };
+        // SAFETY: the three matrices lie in memory that the plan laid out for them, in these sizes.
+        unsafe { self.gemm(&gemm) }
+    }
+
+    fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
+        self.download(from, values)
+    }
+}
+
+/// The descriptor's kernels.
+pub(crate) const KERNELS: Kernels =
+    Kernels { source: SOURCE, names: &["stem", "depthwise", "finish", "pool_strip", "pool"], types: ["f32", "f16"] };

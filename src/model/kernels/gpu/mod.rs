@@ -6,10 +6,10 @@
 //! reads it. Memory is laid out once for a batch and a size.
 
 #[cfg(feature = "cuda")]
-mod cuda;
+pub mod cuda;
 
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::Cuda;
+pub(crate) use cuda::{Cuda, KERNELS};
 
 use super::{Pad, PlanBlock};
 use crate::error::{Error, Result};
@@ -378,5 +378,7 @@ impl<M: Machine> GpuPlan<M> {
     }
 }
 
+#[cfg(test)]
+mod host;
 #[cfg(test)]
 mod tests;

@@ -1,84 +1,22 @@
 //! The kernels' own text, compiled as C++ and run as loops, under the plan that drives CUDA: what differs on a GPU is the
-//! launch, the products (cuBLAS) and the memory. Wants a C++ compiler, which OpenCV's binding wants too.
+//! launch, the products (cuBLAS) and the memory.
 
+use super::host::{compile, kernel, Memory};
 use super::*;
 use crate::model::{conv_specs, MobileNetV2, Padding};
 use candle_core::{Device, Tensor};
 use proptest::prelude::*;
-use std::collections::BTreeMap;
-use std::ffi::{c_void, CString};
 use std::sync::OnceLock;
-
-type Kernel = unsafe extern "C" fn(i64, *const Args);
-
-/// The compiled kernels, by name and type.
-fn kernel(name: &str, half: bool) -> Kernel {
-    static LIBRARY: OnceLock<usize> = OnceLock::new();
-    let library = *LIBRARY.get_or_init(|| {
-        let dir = tempfile::tempdir().unwrap();
-        let (source, library) = (dir.path().join("mobilenet.cpp"), dir.path().join("libmobilenet.so"));
-        std::fs::write(&source, SOURCE).unwrap();
-        // -ffp-contract=off: the same bytes on every processor.
-        let flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off", "-shared", "-fPIC"];
-        let done = std::process::Command::new("c++").args(flags).arg(&source).arg("-o").arg(&library).status();
-        assert!(done.expect("these tests compile the kernels with c++").success());
-        let path = CString::new(library.to_str().unwrap()).unwrap();
-        // SAFETY: a library of plain functions, without initialisers; it stays loaded.
-        unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW) as usize }
-    });
-    let name = CString::new(format!("{name}_{}", if half { "f16" } else { "f32" })).unwrap();
-    // SAFETY: dlsym reads the name; every kernel of the library has this signature.
-    unsafe {
-        let found = libc::dlsym(library as *mut c_void, name.as_ptr());
-        assert!(!found.is_null(), "{name:?}");
-        std::mem::transmute::<*mut c_void, Kernel>(found)
-    }
-}
-
-/// Memory with a margin before and after, which nobody may write.
-#[derive(Debug)]
-struct Block {
-    words: Vec<u128>,
-    bytes: usize,
-}
-
-const MARGIN: usize = 16;
-const MARK: u128 = 0x5a5a_a5a5_1234_fedc_5a5a_a5a5_1234_fedc;
-
-impl Block {
-    fn new(bytes: usize) -> Self {
-        Self { words: vec![MARK; bytes.div_ceil(16) + 2 * MARGIN], bytes }
-    }
-
-    fn address(&self) -> u64 {
-        self.words[MARGIN..].as_ptr() as u64
-    }
-
-    fn intact(&self) -> bool {
-        let marks = |words: &[u128]| words.iter().all(|w| *w == MARK);
-        let last = self.words.len() - MARGIN;
-        let tail = self.bytes % 16;
-        let end = self.words[last - usize::from(tail > 0)].to_le_bytes();
-        marks(&self.words[..MARGIN]) && marks(&self.words[last..]) && (tail == 0 || end[tail..] == MARK.to_le_bytes()[tail..])
-    }
-}
 
 /// The processor as a GPU.
 #[derive(Debug, Default)]
 struct Host {
-    memory: BTreeMap<u64, Block>,
+    memory: Memory,
 }
 
 impl Host {
-    fn bytes(&mut self, address: u64, len: usize) -> &mut [u8] {
-        let block = self.memory.get_mut(&address).expect("an address that was reserved");
-        assert!(len <= block.bytes, "{len} bytes of {}", block.bytes);
-        // SAFETY: the block has that many bytes, any bytes are numbers, and it is borrowed by us alone.
-        unsafe { std::slice::from_raw_parts_mut(block.address() as *mut u8, len) }
-    }
-
     fn numbers(&mut self, address: u64, len: usize, half: bool) -> Vec<f32> {
-        let bytes = self.bytes(address, len * if half { 2 } else { 4 });
+        let bytes = self.memory.bytes(address, len * if half { 2 } else { 4 });
         match half {
             true => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             false => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
@@ -88,19 +26,16 @@ impl Host {
 
 impl Machine for Host {
     fn reserve(&mut self, bytes: usize) -> Result<u64> {
-        let block = Block::new(bytes);
-        let address = block.address();
-        self.memory.insert(address, block);
-        Ok(address)
+        Ok(self.memory.reserve(bytes))
     }
 
     fn free(&mut self, address: u64) -> Result<()> {
-        assert!(self.memory.remove(&address).unwrap().intact(), "a kernel wrote past its memory");
+        self.memory.free(address);
         Ok(())
     }
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
-        self.bytes(to, bytes.len()).copy_from_slice(bytes);
+        self.memory.bytes(to, bytes.len()).copy_from_slice(bytes);
         Ok(())
     }
 
@@ -109,9 +44,11 @@ impl Machine for Host {
     }
 
     fn launch(&mut self, name: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
+        static LIBRARY: OnceLock<usize> = OnceLock::new();
+        let library = *LIBRARY.get_or_init(|| compile(SOURCE));
         // SAFETY: `Args` as the library declares it; what the kernel writes outside its blocks the margins tell.
-        unsafe { kernel(name, half)(items as i64, args) };
-        assert!(self.memory.values().all(Block::intact), "{name} wrote past its memory");
+        unsafe { kernel::<Args>(library, &format!("{name}_{}", if half { "f16" } else { "f32" }))(items as i64, args) };
+        assert!(self.memory.intact(), "{name} wrote past its memory");
         Ok(())
     }
 
@@ -241,7 +178,7 @@ fn the_hosts_f16_is_ieee() {
     let args = Args { output: at, bias, channels: 8, ..Args::default() };
     host.launch("finish", true, all.len() / 8, &args).unwrap();
     let added = [0.0f32, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5];
-    let got = host.bytes(at, bytes.len()).to_vec();
+    let got = host.memory.bytes(at, bytes.len()).to_vec();
     for (i, got) in got.chunks_exact(2).enumerate() {
         let want = f16::from_f32(f16::from_bits(all[i]).to_f32() + added[i % 8]);
         let got = f16::from_bits(u16::from_le_bytes([got[0], got[1]]));
