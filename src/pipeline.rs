@@ -71,7 +71,7 @@ impl Skip {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Reason {
-    /// The map holds nothing outside the exclusion window.
+    /// The map holds nothing outside the exclusion window, or only what the robot is still leaving.
     TooRecent,
     /// The similarity of the best match, or its mean along the chain that leads there, is below the
     /// threshold.
@@ -162,7 +162,8 @@ pub struct Decision {
     pub outcome: Outcome,
     /// `None` when nothing could be compared.
     pub evidence: Option<Evidence>,
-    /// Rows of the map that it was compared with: those outside the exclusion window.
+    /// Rows of the map outside the exclusion window: those that a loop could lead to. Of them it was compared with those that
+    /// [`Map::past_the_slope`] leaves.
     pub compared: Vec<Range<usize>>,
 }
 
@@ -502,7 +503,8 @@ impl LoopDetector {
             }
         }
         let compared = self.outside_window(&frame);
-        let (hits, second) = self.search(&frame.descriptor, self.config.search.top_k, &compared);
+        let rows = self.map.past_the_slope(compared.clone(), self.session, &frame.descriptor, self.config.decision.place_radius);
+        let (hits, second) = self.search(&frame.descriptor, self.config.search.top_k, &rows);
         let clock = Instant::now();
         let (hits, second, reranked) = self.second_stage(&frame, hits, second)?;
         self.verification_time = clock.elapsed();

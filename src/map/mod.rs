@@ -29,7 +29,7 @@ use crate::image::Camera;
 use changes::Unsaved;
 use nalgebra::Isometry3;
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -343,6 +343,63 @@ impl Map {
         ranges
     }
 
+    /// `open`, rows that [`Map::outside_window`] gives for `session`, without those on whose track the similarity to `query` still rises
+    /// towards now at the window's edge.
+    ///
+    /// As a robot leaves a place, the best match outside the window is for a while the newest one that the window lets through, and moves
+    /// on as fast as the robot does: a chain like a loop's. A row counts only if none of the `radius` rows after it that is inside the window,
+    /// or was taken away for such a one itself, is more similar; going back from the edge, the search ends after `radius` rows that count. [ours]
+    pub fn past_the_slope(&self, open: Vec<Range<usize>>, session: u32, query: &Descriptor, radius: usize) -> Vec<Range<usize>> {
+        let is_open = |row: usize| open.get(open.partition_point(|r| r.end <= row)).is_some_and(|r| r.contains(&row));
+        let mut barred: Vec<usize> = Vec::new();
+        for end in self.tracks.iter().filter(|((s, _), _)| *s == session).map(|(_, end)| end) {
+            // Similarities of the last rows, from now backwards, that are inside the window or taken away; none where a row counts.
+            let mut after: VecDeque<Option<f32>> = VecDeque::with_capacity(radius + 1);
+            let mut outside = false;
+            let mut left = end.position as usize;
+            for row in (0..self.places.len()).rev() {
+                if left == 0 || outside && after.iter().all(Option::is_none) {
+                    break;
+                }
+                if self.places[row].track != end.track {
+                    continue;
+                }
+                left -= 1;
+                let own = dot(query.as_slice(), self.index.row(row));
+                let inside = !is_open(row);
+                outside |= !inside;
+                // NaN is above nothing, and nothing above it.
+                let below = after.iter().flatten().any(|s| *s > own);
+                if !inside && below {
+                    barred.push(row);
+                }
+                after.push_back((inside || below).then_some(own));
+                if after.len() > radius {
+                    after.pop_front();
+                }
+            }
+        }
+        if barred.is_empty() {
+            return open;
+        }
+        barred.sort_unstable();
+        let mut left = Vec::with_capacity(open.len() + 1);
+        for range in open {
+            let mut from = range.start;
+            let first = barred.partition_point(|b| *b < range.start);
+            for b in barred[first..].iter().take_while(|b| **b < range.end) {
+                if from < *b {
+                    left.push(from..*b);
+                }
+                from = b + 1;
+            }
+            if from < range.end {
+                left.push(from..range.end);
+            }
+        }
+        left
+    }
+
     /// Whether rows `a` and `b` show one place: at most `radius` keyframes apart along one track, or
     /// joined by an accepted closure whose ends are that near to them.
     pub fn same_place(&self, a: usize, b: usize, radius: usize) -> bool {
@@ -395,6 +452,75 @@ mod tests {
         assert_eq!(at(53, 1e9, 100), [0..2], "other sessions are never excluded");
         // A stamp from before the map: everything of this session is in the future.
         assert_eq!(at(-100, 20.0, 0), [0..2]);
+    }
+
+    /// One track whose similarities to the query along it are these, a keyframe a second.
+    fn similar(similarities: &[f32]) -> (Map, Descriptor) {
+        let mut map = Map::new(ModelIdentity::default());
+        for (i, s) in similarities.iter().enumerate() {
+            map.push(keyframe(0, i as i64), &Descriptor::new(vec![*s, (1.0 - s * s).sqrt()]).unwrap()).unwrap();
+        }
+        (map, Descriptor::new(vec![1.0, 0.0]).unwrap())
+    }
+
+    /// Three keyframes at a door of Gardens Point were taken for those 20 before, at the window's edge, all along a chain of ten.
+    #[test]
+    fn what_the_robot_is_still_leaving_is_no_match() {
+        let rows = |similarities: &[f32], inside: usize, radius: usize| {
+            let (map, query) = similar(similarities);
+            let open = map.outside_window(0, i64::MAX, 0.0, inside);
+            map.past_the_slope(open, 0, &query, radius)
+        };
+        let rising = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9];
+        assert!(rows(&rising, 3, 2).is_empty(), "all of it leads up to now");
+        assert_eq!(rows(&rising, 0, 2), [0..7], "without a window there is no edge");
+        assert_eq!(rows(&rising, 3, 0), [0..4], "a radius of 0 looks at nothing");
+        // A peak behind the slope stays, with all that lies behind it.
+        let peak = [0.2, 0.5, 0.8, 0.5, 0.3, 0.4, 0.5, 0.6, 0.7];
+        assert_eq!(rows(&peak, 3, 2), [0..4]);
+        // One at the edge, too.
+        assert_eq!(rows(&[0.1, 0.2, 0.8, 0.6, 0.5, 0.4], 3, 2), [2..3]);
+        // But not one that is lower than what is inside, near by.
+        assert_eq!(rows(&[0.9, 0.2, 0.2, 0.5, 0.4, 0.6], 2, 2), [0..1]);
+        assert!(rows(&[0.4, 0.9], 5, 8).is_empty());
+        assert!(rows(&[], 5, 8).is_empty());
+    }
+
+    #[test]
+    fn the_slope_is_the_own_cameras_of_this_session() {
+        let mut m = Map::new(ModelIdentity::default());
+        let query = Descriptor::new(vec![1.0, 0.0]).unwrap();
+        let mut push = |session: u32, camera: &str, i: i64, s: f32| {
+            m.push(of_camera(session, camera, i), &Descriptor::new(vec![s, (1.0 - s * s).sqrt()]).unwrap()).unwrap();
+        };
+        // An earlier session that ends with a rise, then two cameras: the front's similarity rises, the rear's falls.
+        (0..4).for_each(|i| push(0, "front", i, 0.2 * i as f32));
+        for i in 0..6 {
+            push(1, "front", i, 0.1 * i as f32);
+            push(1, "rear", i, 0.6 - 0.1 * i as f32);
+        }
+        let open = m.outside_window(1, i64::MAX, 0.0, 2);
+        assert_eq!(open, [0..12]);
+        assert_eq!(m.past_the_slope(open, 1, &query, 3), [0..4, 5..6, 7..8, 9..10, 11..12]);
+    }
+
+    proptest::proptest! {
+        /// Against the definition, row by row.
+        #[test]
+        fn a_row_counts_only_if_nothing_after_it_is_still_more_similar(similarities in proptest::collection::vec(0u8..20, 0..40), inside in 0usize..20, radius in 0usize..9) {
+            let similarities: Vec<f32> = similarities.into_iter().map(|s| f32::from(s) / 20.0).collect();
+            let (map, query) = similar(&similarities);
+            let n = similarities.len();
+            let open = map.outside_window(0, i64::MAX, 0.0, inside);
+            let got: Vec<usize> = map.past_the_slope(open, 0, &query, radius).into_iter().flatten().collect();
+            let edge = n.saturating_sub(inside);
+            let mut counts = vec![false; n];
+            for r in (0..edge).rev() {
+                counts[r] = (r + 1..(r + 1 + radius).min(n)).all(|j| counts[j] || similarities[j] <= similarities[r]);
+            }
+            let want: Vec<usize> = (0..n).filter(|r| counts[*r]).collect();
+            proptest::prop_assert_eq!(got, want);
+        }
     }
 
     #[test]
