@@ -42,7 +42,7 @@ use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 
 /// The model in the repository: what the commands use when none is given.
-const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-synthetic-v1.safetensors");
+const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-street-v3.safetensors");
 
 /// A loaded model: network, preprocessing and identity.
 #[derive(Debug)]

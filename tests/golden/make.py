@@ -67,7 +67,7 @@ save("torchvision_symmetric.npy", run(random_tensors(True), x, same=False))
 x = noise(998, 3 * 97 * 131).reshape(1, 3, 97, 131)
 save("tensorflow_same.npy", run(random_tensors(False), x, same=True))
 
-path = root / "models/structvpr-synthetic-v1.safetensors"
+path = root / "models/structvpr-street-v3.safetensors"
 with open(path, "rb") as f:
     spec = json.loads(json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))["__metadata__"]["structvpr.format"])["spec"]
 h, w = spec["input_height"], spec["input_width"]

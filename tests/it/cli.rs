@@ -73,7 +73,7 @@ fn a_map_goes_on_in_a_second_run_and_refuses_another_model() {
     let other = p("other.safetensors");
     ok(&[
         "convert",
-        root().join("models/structvpr-synthetic-v1.safetensors").to_str().unwrap(),
+        root().join("models/structvpr-street-v3.safetensors").to_str().unwrap(),
         "--out",
         &other,
         "--gem-p",
@@ -138,7 +138,7 @@ fn the_shipped_model_is_named_when_none_is_given() {
     drives(dir.path());
     let out = structvpr(&["describe", dir.path().join("day").to_str().unwrap(), "--out", dir.path().join("d.npz").to_str().unwrap()]);
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(said.contains("model: structvpr-synthetic-v1 (shipped"), "{said}");
+    assert!(said.contains("model: structvpr-street-v3 (shipped"), "{said}");
 }
 
 #[test]
@@ -208,7 +208,7 @@ fn bad_arguments_and_files_are_one_clear_line() {
 fn convert_writes_what_every_command_loads() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("m.safetensors");
-    let shipped = root().join("models/structvpr-synthetic-v1.safetensors");
+    let shipped = root().join("models/structvpr-street-v3.safetensors");
     let (shipped, out) = (shipped.to_str().unwrap(), out.to_str().unwrap());
     let said = ok(&["convert", shipped, "--out", out, "--dtype", "f16", "--input-size", "96x64", "--pooling", "avg", "--license", "MIT"]);
     assert!(said.contains("\"input_width\": 96") && said.contains("\"kind\": \"average\"") && said.contains("sha256"), "{said}");
@@ -232,7 +232,7 @@ fn convert_whitens_for_the_images_it_is_given() {
     let run = drives(dir.path());
     let p = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
     let (run, white) = (run.to_str().unwrap(), p("white.safetensors"));
-    let shipped = root().join("models/structvpr-synthetic-v1.safetensors");
+    let shipped = root().join("models/structvpr-street-v3.safetensors");
     let shipped = shipped.to_str().unwrap();
     let whiten = || {
         ok(&[

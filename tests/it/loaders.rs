@@ -10,7 +10,7 @@ proptest! {
     fn mutated_weight_files_allocate_little(at in any::<u32>(), flips in proptest::collection::vec((any::<u16>(), 1u8..=255), 1..4), cut in any::<bool>(), which in 0usize..3) {
         static FILES: std::sync::OnceLock<[Vec<u8>; 3]> = std::sync::OnceLock::new();
         let files = FILES.get_or_init(|| {
-            ["tests/golden/tensors.pth", "models/structvpr-synthetic-v1.safetensors", "tests/golden/legacy.pth"].map(|f| std::fs::read(root().join(f)).unwrap())
+            ["tests/golden/tensors.pth", "models/structvpr-street-v3.safetensors", "tests/golden/legacy.pth"].map(|f| std::fs::read(root().join(f)).unwrap())
         });
         // Of the large file the header is what lies; 16 kB hold it and some tensors.
         let file = &files[which];

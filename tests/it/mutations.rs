@@ -267,7 +267,7 @@ fn make_seeds() {
     write("weights", "zip.pth", &of("tests/golden/tensors.pth"));
     write("weights", "legacy.pth", &of("tests/golden/legacy.pth"));
     // The header and the first tensors: what lies is the header.
-    let shipped = of("models/structvpr-synthetic-v1.safetensors");
+    let shipped = of("models/structvpr-street-v3.safetensors");
     write("weights", "safetensors", &shipped[..shipped.len().min(24_000)]);
     let small = br#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"F16","shape":[1],"data_offsets":[16,18]}}"#;
     write("weights", "small.safetensors", &[&(small.len() as u64).to_le_bytes()[..], small, &[7; 18]].concat());

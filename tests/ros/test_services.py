@@ -88,7 +88,7 @@ def test_a_map_outlives_the_node(start, robot, short_street, tmp_path):
     # In a node with no file of its own, the copy is loaded, merged, or refused.
     start(QUICK)
     answer = robot.call(LoadMap, "load_map", LoadMap.Request(path=str(tmp_path / "copy.svpr")))
-    assert answer.success and answer.keyframes == len(first) and answer.model_id == "structvpr-synthetic-v1", answer
+    assert answer.success and answer.keyframes == len(first) and answer.model_id == "structvpr-street-v3", answer
     answer = robot.call(LoadMap, "load_map", LoadMap.Request(path=str(tmp_path / "copy.svpr"), merge=True))
     assert answer.success and answer.keyframes == 2 * len(first)
     for path, words in [("", "no path"), ("/no/such.svpr", "no such file"), (str(ROOT / "README.md"), "not a StructVPR map")]:
@@ -105,14 +105,14 @@ def test_a_map_of_another_model_is_refused_by_name(start, robot, short_street, t
     drive(robot, heard, images(short_street)[:10])
     assert node.end() == 0
     other = tmp_path / "other.safetensors"
-    shipped = ROOT / "models/structvpr-synthetic-v1.safetensors"
+    shipped = ROOT / "models/structvpr-street-v3.safetensors"
     tool("structvpr", "convert", shipped, "--out", other, "--name", "other-model", "--input-size", "160x120")
     node = start({"model.file": str(other), "map.file": str(file)}, ready=False)
     assert node.process.wait(20) == 1
-    assert "`structvpr-synthetic-v1`" in node.text() and "`other-model`" in node.text() and str(file) in node.text()
+    assert "`structvpr-street-v3`" in node.text() and "`other-model`" in node.text() and str(file) in node.text()
     start({**QUICK, "model.file": str(other)})
     answer = robot.call(LoadMap, "load_map", LoadMap.Request(path=str(file)))
-    assert not answer.success and "`structvpr-synthetic-v1`" in answer.message and "`other-model`" in answer.message
+    assert not answer.success and "`structvpr-street-v3`" in answer.message and "`other-model`" in answer.message
 
 
 def test_asking_about_an_image(start, robot, short_street):
