@@ -211,9 +211,9 @@ pub fn run(args: &Args) -> Result<()> {
         s.steps = (s.steps / args.quick).max(1);
     }
     recipe.validate()?;
+    let gpu = Gpu::open(args.device, recipe.precision)?;
     let sets = Sets::open(&recipe, true, true)?;
     let loader = sets.loader(&recipe)?;
-    let gpu = Gpu::open(args.device, recipe.precision)?;
     let shuffled_wanted = experiments.rows.iter().any(|r| r.teacher == Teacher::Shuffled);
     let began = std::time::Instant::now();
     let mut table: BTreeMap<String, Vec<Finished>> = BTreeMap::new();

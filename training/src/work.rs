@@ -175,6 +175,7 @@ pub fn stage1(args: &Stage1) -> Result<()> {
         "multi-task" => Kind::MultiTask,
         other => bail!("--branch {other} (allowed: rgb, seg, concat-input, concat-feat, multi-task)"),
     };
+    let gpu = Gpu::open(args.common.device, recipe.precision)?;
     // Multi-task segments while it trains; to run, it wants images only.
     let sets = Sets::open(&recipe, kind.needs_labels(), kind.needs_labels() && kind != Kind::MultiTask)?;
     let loader = sets.loader(&recipe)?;
@@ -191,7 +192,7 @@ pub fn stage1(args: &Stage1) -> Result<()> {
         train: &sets.train,
         validation: &sets.validation,
         loader: &loader,
-        gpu: Gpu::open(args.common.device, recipe.precision)?,
+        gpu,
         teaching: None,
         title: format!("stage 1, {}", args.branch),
     };
@@ -359,9 +360,9 @@ pub fn write_partition(ranks: &Ranks, summary: &PartitionSummary, recipe: &Recip
 pub fn partition(args: &Partition) -> Result<()> {
     set_threads(args.common.threads)?;
     let recipe = Recipe::open(&args.common.config)?;
+    let gpu = Gpu::open(args.common.device, recipe.precision)?;
     let sets = Sets::open(&recipe, true, false)?;
     let loader = sets.loader(&recipe)?;
-    let gpu = Gpu::open(args.common.device, recipe.precision)?;
     let seg = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.seg)?;
     let rgb = stage1_job(Kind::Rgb, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.rgb)?;
     let ranks = ranks(&seg, &rgb, &loader, &sets.train, recipe.distillation.weighting.n_t)?;
@@ -407,9 +408,9 @@ fn read_pairs(path: &Path, set: &Set) -> Result<Vec<Ranked>> {
 pub fn distill(args: &Distill) -> Result<()> {
     set_threads(args.common.threads)?;
     let recipe = Recipe::open(&args.common.config)?;
+    let gpu = Gpu::open(args.common.device, recipe.precision)?;
     let sets = Sets::open(&recipe, true, false)?;
     let loader = sets.loader(&recipe)?;
-    let gpu = Gpu::open(args.common.device, recipe.precision)?;
     let teacher = stage1_job(Kind::Seg, &recipe, args.common.seed, &sets, &loader, gpu.as_ref()).load(&args.seg)?;
     let path = args.partition.join("partition.json");
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;

@@ -63,6 +63,26 @@ impl World {
     }
 }
 
+#[test]
+fn a_device_is_refused_before_any_data_is_read_and_bf16_on_the_processor_is_f32() {
+    let world = World::new();
+    let recipe = world.recipe("half.yaml", "precision: bf16\n");
+    let stage1 = |device: &str, out: &str| {
+        training(&["stage1", "--config", &recipe, "--branch", "rgb", "--out", &world.text(out), "--device", device])
+    };
+    let said = |o: &Output| String::from_utf8_lossy(&o.stderr).into_owned();
+    // Without CUDA for want of it, with it for want of a card.
+    let none = stage1("cuda:77", "none");
+    assert!(none.status.code() == Some(1) && said(&none).contains("cuda:77") && !world.path("none").exists(), "{}", said(&none));
+    assert_eq!(stage1("gpu", "none").status.code(), Some(2));
+    let half = stage1("cpu", "half");
+    assert!(half.status.success() && said(&half).contains("computes in f32"), "{}", said(&half));
+    let plain = world.recipe("plain.yaml", "");
+    ok(&["stage1", "--config", &plain, "--branch", "rgb", "--out", &world.text("plain")]);
+    let model = |dir: &str| std::fs::read(world.path(dir).join("model.safetensors")).unwrap();
+    assert!(model("half") == model("plain"));
+}
+
 /// Everything that a training leaves, by name.
 fn files(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut all: Vec<_> = std::fs::read_dir(dir)

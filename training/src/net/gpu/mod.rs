@@ -594,12 +594,16 @@ impl Gpu {
     /// Errors: a device that is not there, or a program without CUDA.
     pub fn open(device: ComputeDevice, precision: Precision) -> anyhow::Result<Option<Arc<Self>>> {
         match device {
-            ComputeDevice::Cpu => Ok(None),
+            ComputeDevice::Cpu => {
+                if precision != Precision::F32 {
+                    eprintln!("training: note: the recipe's precision is for a GPU (--device cuda:0); the processor computes in f32");
+                }
+                Ok(None)
+            }
             #[cfg(feature = "cuda")]
             ComputeDevice::Cuda(n) => Ok(Some(Arc::new(Self::new(Box::new(cuda::open(n)?), precision)))),
             #[cfg(not(feature = "cuda"))]
             ComputeDevice::Cuda(n) => {
-                let _ = precision;
                 anyhow::bail!(
                     "--device cuda:{n}: this program was built without CUDA (cargo build --release -p structvpr-training --features cuda; see README, CUDA)"
                 )
