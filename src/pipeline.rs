@@ -164,7 +164,7 @@ pub struct Decision {
     pub evidence: Option<Evidence>,
     /// Rows of the map outside the exclusion window: those that a loop could lead to. Of them it was compared with those that
     /// [`Map::past_the_slope`] leaves.
-    pub compared: Vec<Range<usize>>,
+    pub outside_window: Vec<Range<usize>>,
 }
 
 /// What became of an image.
@@ -502,8 +502,8 @@ impl LoopDetector {
                 return Ok(Step::Skipped(skip));
             }
         }
-        let compared = self.outside_window(&frame);
-        let rows = self.map.past_the_slope(compared.clone(), self.session, &frame.descriptor, self.config.decision.place_radius);
+        let outside_window = self.outside_window(&frame);
+        let rows = self.map.past_the_slope(outside_window.clone(), self.session, &frame.descriptor, self.config.decision.place_radius);
         let (hits, second) = self.search(&frame.descriptor, self.config.search.top_k, &rows);
         let clock = Instant::now();
         let (hits, second, reranked) = self.second_stage(&frame, hits, second)?;
@@ -517,7 +517,7 @@ impl LoopDetector {
         let outcome = self.decide(&frame, evidence.as_ref());
         let relocalized = self.relocalizing && outcome == Outcome::Closure;
         let (query, added) = self.remember(frame, evidence.as_ref(), outcome, pointers)?;
-        Ok(Step::Keyframe(Decision { query, added, session: self.session, outcome, evidence, hits, reranked, compared, relocalized }))
+        Ok(Step::Keyframe(Decision { query, added, session: self.session, outcome, evidence, hits, reranked, outside_window, relocalized }))
     }
 
     /// Orders the hits by geometry where that can matter: not where no hit is similar enough to be a closure.

@@ -564,7 +564,7 @@ impl Run {
             self.truth.iter().map(|t| RunKeyframe { truth: *t, allowed: Vec::new(), closed_to: None }).collect();
         for d in &self.decisions {
             let slot = &mut all[d.query];
-            slot.allowed = d.compared.clone();
+            slot.allowed = d.outside_window.clone();
             slot.closed_to = d.evidence.filter(|_| d.outcome == Outcome::Closure).map(|e| e.matched);
         }
         all

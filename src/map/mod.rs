@@ -379,25 +379,7 @@ impl Map {
                 }
             }
         }
-        if barred.is_empty() {
-            return open;
-        }
-        barred.sort_unstable();
-        let mut left = Vec::with_capacity(open.len() + 1);
-        for range in open {
-            let mut from = range.start;
-            let first = barred.partition_point(|b| *b < range.start);
-            for b in barred[first..].iter().take_while(|b| **b < range.end) {
-                if from < *b {
-                    left.push(from..*b);
-                }
-                from = b + 1;
-            }
-            if from < range.end {
-                left.push(from..range.end);
-            }
-        }
-        left
+        without(open, barred)
     }
 
     /// Whether rows `a` and `b` show one place: at most `radius` keyframes apart along one track, or
@@ -406,6 +388,29 @@ impl Map {
         let near = |a: usize, b: usize| self.places[a].near(self.places[b], radius);
         near(a, b) || self.links.iter().any(|l| (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched)))
     }
+}
+
+/// `ranges` (ascending, disjoint) without these of their rows.
+fn without(ranges: Vec<Range<usize>>, mut rows: Vec<usize>) -> Vec<Range<usize>> {
+    if rows.is_empty() {
+        return ranges;
+    }
+    rows.sort_unstable();
+    let mut left = Vec::with_capacity(ranges.len() + 1);
+    for range in ranges {
+        let mut from = range.start;
+        let first = rows.partition_point(|r| *r < range.start);
+        for row in rows[first..].iter().take_while(|r| **r < range.end) {
+            if from < *row {
+                left.push(from..*row);
+            }
+            from = row + 1;
+        }
+        if from < range.end {
+            left.push(from..range.end);
+        }
+    }
+    left
 }
 
 fn name_of(model: &ModelIdentity, first: Option<(&Keyframe, &[f32])>) -> String {

@@ -194,7 +194,7 @@ fn a_clock_that_was_set_back_begins_a_session_and_a_glitch_does_not() {
     // The bag begins again: its frames are seen, as a session of their own, and close onto the first.
     let all = decisions(&mut d, (0..60).map(|i| frame(1000.0 + f64::from(i), f64::from(i))));
     assert_eq!((all.len(), d.session()), (60 - JUMPS + 1, 1));
-    assert_eq!(all[0].compared, [0..61], "the whole first session, none of it excluded");
+    assert_eq!(all[0].outside_window, [0..61], "the whole first session, none of it excluded");
     assert!(all.iter().filter(|d| d.outcome == Outcome::Closure).count() >= 50);
 }
 

@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex};
 use structvpr::model::ComputeDevice;
 
 /// The kernels' text.
-pub(super) const SOURCE: &str = include_str!("training.cu");
+const SOURCE: &str = include_str!("training.cu");
 /// Kernels of [`SOURCE`].
-pub(super) const KERNELS: [&str; 15] = [
+const KERNELS: [&str; 15] = [
     "narrow",
     "widen",
     "join",
@@ -53,7 +53,7 @@ pub enum Precision {
 /// What a kernel is called with: `Args` of training.cu, field by field.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Args {
+struct Args {
     x: u64,
     y: u64,
     z: u64,
@@ -75,7 +75,7 @@ pub struct Args {
 
 /// A row-major matrix of a product, or its transpose.
 #[derive(Clone, Copy, Debug)]
-pub struct Matrix {
+struct Matrix {
     address: u64,
     /// Length of a row as it lies there.
     row: usize,
@@ -84,7 +84,7 @@ pub struct Matrix {
 
 /// `c = a b`, or `c + a b` with `add`: row-major, `rows` x `inner` by `inner` x `columns`, summed in f32.
 #[derive(Clone, Copy, Debug)]
-pub struct Product {
+struct Product {
     /// `a` and `b` are bf16.
     half: bool,
     /// `c` is f32 whatever `a` and `b` are.
@@ -99,7 +99,7 @@ pub struct Product {
 }
 
 /// A GPU, or what stands for one. Everything is done in the order of the calls.
-pub trait Machine: Send {
+trait Machine: Send {
     /// Address of `bytes` of memory of its own, 256-aligned.
     fn reserve(&mut self, bytes: usize) -> Result<u64>;
     /// Gives back what [`Self::reserve`] gave.
@@ -613,7 +613,7 @@ impl Gpu {
 
     /// On a machine.
     #[cfg(any(test, feature = "cuda"))]
-    pub(super) fn new(machine: Box<dyn Machine>, precision: Precision) -> Self {
+    fn new(machine: Box<dyn Machine>, precision: Precision) -> Self {
         Self { half: precision == Precision::Bf16, state: Mutex::new(State { machine, free: BTreeMap::new() }) }
     }
 

@@ -111,6 +111,23 @@ ON_DEVICE void patches(const unsigned i, const Args &a) {
   ((T *)a.out)[i] = rounded(v, T());
 }
 
+// Leaves an item's two sums of a strip.
+ON_DEVICE void put_two(const unsigned i, const Args &a, const float first, const float second) {
+  float *out = (float *)a.out + 2ull * i;
+  out[0] = first;
+  out[1] = second;
+}
+
+// A channel's two sums from its strips (x), added up in S.
+template <typename S>
+ON_DEVICE void sum_two(const unsigned channel, const Args &a, S &first, S &second) {
+  const float *strips = (const float *)a.x + 2ull * channel * a.strips;
+  for (int s = 0; s < a.strips; s++) {
+    first += strips[2 * s];
+    second += strips[2 * s + 1];
+  }
+}
+
 // Sum and sum of squares of x (T) over one strip of a channel, around the channel's first value, so that a mean far from zero does
 // no harm. out (f32): 2 per item. One item: channel, strip.
 template <typename T>
@@ -124,21 +141,15 @@ ON_DEVICE void moments_strip(const unsigned i, const Args &a) {
     sum += d;
     squares += d * d;
   }
-  float *out = (float *)a.out + 2ull * i;
-  out[0] = sum;
-  out[1] = squares;
+  put_two(i, a, sum, squares);
 }
 
 // A channel's norm from its strips (x) over its map (z, T), and gamma and beta (y, f32: gammas, then betas). Writes the norm and
 // out (f32): means, then biased variances. One item: one channel.
 template <typename T>
 ON_DEVICE void moments(const unsigned i, const Args &a) {
-  const float *strips = (const float *)a.x + 2ull * i * a.strips;
   double sum = 0.0, squares = 0.0;
-  for (int s = 0; s < a.strips; s++) {
-    sum += strips[2 * s];
-    squares += strips[2 * s + 1];
-  }
+  sum_two(i, a, sum, squares);
   const double n = (double)a.columns, offset = sum / n;
   const double mean = offset + widened(((const T *)a.z)[(unsigned long long)i * a.columns]);
   const double spread = squares / n - offset * offset;
@@ -280,21 +291,15 @@ ON_DEVICE void slope_strip(const unsigned i, const Args &a) {
     sum += g;
     products += g * ((v - n.mean) * n.inverse);
   }
-  float *out = (float *)a.out + 2ull * i;
-  out[0] = sum;
-  out[1] = products;
+  put_two(i, a, sum, products);
 }
 
 // Sums strips of two: out (f32), the gradients of gamma and beta, which are what `before` wants, too: `channels` products, then as many
 // sums. One item: one channel.
 template <typename T>
 ON_DEVICE void slope(const unsigned i, const Args &a) {
-  const float *strips = (const float *)a.x + 2ull * i * a.strips;
   float sum = 0.0f, products = 0.0f;
-  for (int s = 0; s < a.strips; s++) {
-    sum += strips[2 * s];
-    products += strips[2 * s + 1];
-  }
+  sum_two(i, a, sum, products);
   float *out = (float *)a.out + i;
   out[0] = products;
   out[a.channels] = sum;
