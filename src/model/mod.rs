@@ -26,6 +26,8 @@ pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 use mobilenet_v2::TAP_CHANNELS;
 pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
+#[cfg(feature = "cuda")]
+use rayon::prelude::*;
 pub use superglue::{Side, SuperGlue};
 pub use superpoint::{Dense, SuperPoint, CELL};
 pub use weights::{ModelSpec, Weights, ARCHITECTURE, MAX_SIDE};
@@ -230,23 +232,21 @@ impl Model {
             Network::Cuda(plan) => {
                 let (w, h) = (self.spec().input_width, self.spec().input_height);
                 let (scale, shift) = self.normalisation();
+                let normalise = kernels::gpu::Normalise { scale, shift };
                 let mut out = Vec::with_capacity(images.len());
-                let mut pixels = Vec::new();
                 for batch in images.chunks(kernels::gpu::MAX_BATCH) {
-                    pixels.clear();
-                    for image in batch {
-                        pixels.extend_from_slice(self.resized(image)?.data());
-                    }
-                    let normalise = kernels::gpu::Normalise { scale, shift };
-                    let pooled = plan.pooled(&pixels, (batch.len(), h, w), &normalise, self.spec().pooling)?;
-                    for row in pooled.chunks_exact(DIM) {
+                    let resized = batch.par_iter().map(|i| self.resized(i)).collect::<Result<Vec<_>>>()?;
+                    let pixels: Vec<&[u8]> = resized.iter().map(|i| i.data()).collect();
+                    let pooled = plan.pooled(&pixels, (h, w), &normalise, self.spec().pooling)?;
+                    let joined = |row: &[f32]| {
                         let mut at = 0;
                         let taps = TAP_CHANNELS.map(|c| {
                             at += c;
                             row[at - c..at].to_vec()
                         });
-                        out.push(self.joined(taps.into())?);
-                    }
+                        self.joined(taps.into())
+                    };
+                    out.extend(pooled.par_chunks_exact(DIM).map(joined).collect::<Result<Vec<_>>>()?);
                 }
                 Ok(out)
             }

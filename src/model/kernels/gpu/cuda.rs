@@ -5,16 +5,22 @@ use crate::error::{Error, Result};
 use crate::model::device::Limits;
 use candle_core::cuda_backend::cudarc;
 use cudarc::cublas::{result::gemm_ex, sys as blas, CudaBlas};
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::{CUdevice_attribute as Attribute, CUgraphInstantiate_flags, CUstreamCaptureMode};
 pub use cudarc::driver::DeviceRepr;
-use cudarc::driver::{CudaContext, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg,
+};
 use cudarc::nvrtc::{compile_ptx_with_opts, CompileOptions};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 /// Threads of a block.
 const BLOCK: u32 = 128;
+/// Bytes that cuBLAS has to itself [cuBLAS's own recommendation for the largest of these GPUs]; given, not left to it, because what
+/// it would take during a recording would become part of that.
+const WORKSPACE: usize = 32 << 20;
 
 // SAFETY: plain numbers, laid out as the kernels' `Args` (both are C structs of the same fields).
 unsafe impl DeviceRepr for Args {}
@@ -69,10 +75,28 @@ pub struct Gemm {
     pub add: bool,
 }
 
+/// Calls that were kept, to be made again in one.
+enum Kept {
+    /// None: of calls that were made once it is not known that they come again.
+    Nothing,
+    Graph(Graph),
+    /// This device, or its cuBLAS, does not record.
+    Refused,
+}
+
+struct Graph(CudaGraph);
+
+// SAFETY: a graph is bound to no thread; CUDA asks that calls to it do not overlap, and it is only called through `&mut Cuda`.
+unsafe impl Send for Graph {}
+
 /// One device with its stream.
 pub struct Cuda {
+    // Before the stream and the memory that it names, so that it goes first.
+    kept: Kept,
     stream: Arc<CudaStream>,
     blas: CudaBlas,
+    /// cuBLAS's.
+    _workspace: CudaSlice<u8>,
     /// By name; in the wide type and the narrow one.
     kernels: BTreeMap<&'static str, [CudaFunction; 2]>,
     /// By address.
@@ -119,7 +143,15 @@ impl Cuda {
         let [wide, narrow] = kernels.types;
         let kernels = kernels.names.iter().map(|name| Ok((*name, [load(name, wide)?, load(name, narrow)?])));
         let blas = CudaBlas::new(stream.clone()).map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })?;
-        Ok(Self { blas, kernels: kernels.collect::<Result<_>>()?, memory: BTreeMap::new(), staging: None, stream })
+        // SAFETY: memory that is not set; cuBLAS writes it before it reads it.
+        let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) }.map_err(said("cuBLAS's memory"))?;
+        let at = workspace.device_ptr(&stream).0 as *mut c_void;
+        // SAFETY: memory of this size, which lives as long as the handle.
+        unsafe { blas::cublasSetWorkspace_v2(*blas.handle(), at, WORKSPACE) }
+            .result()
+            .map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })?;
+        let kernels = kernels.collect::<Result<_>>()?;
+        Ok(Self { kept: Kept::Nothing, blas, _workspace: workspace, kernels, memory: BTreeMap::new(), staging: None, stream })
     }
 
     /// Its name.
@@ -162,6 +194,12 @@ impl Cuda {
     /// Gives back what [`Self::reserve`] gave, on the stream: after all that uses it.
     pub fn free(&mut self, address: u64) {
         self.memory.remove(&address);
+    }
+
+    /// Sets all bytes of what [`Self::reserve`] gave to 0.
+    pub fn clear(&mut self, at: u64) -> Result<()> {
+        let slice = self.memory.get_mut(&at).ok_or_else(unknown)?;
+        self.stream.memset_zeros(slice).map_err(said("clearing"))
     }
 
     /// Copies to the device.
@@ -239,6 +277,36 @@ impl Cuda {
         .map_err(|e| Error::Device { reason: format!("cuBLAS: {e}") })
     }
 
+    /// Does `work`, which launches and multiplies and no more. `same`: its calls are, one by one, those of the last time. The second
+    /// time they are recorded as a CUDA graph, and from then on all are made in one: at one image a call takes longer to make than
+    /// to be done.
+    pub fn repeat(&mut self, same: bool, work: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        match &self.kept {
+            Kept::Graph(graph) if same => return graph.0.launch().map_err(said("the recorded kernels")),
+            Kept::Nothing if same => {
+                let failed = said("recording");
+                self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(&failed)?;
+                let done = work(self);
+                // Also of work that failed: until it is ended, nothing is done on this stream.
+                let ended = self.stream.end_capture(CUgraphInstantiate_flags(0));
+                if let (Ok(()), Ok(Some(graph))) = (done, ended) {
+                    graph.launch().map_err(&failed)?;
+                    self.kept = Kept::Graph(Graph(graph));
+                    return Ok(());
+                }
+                self.kept = Kept::Refused;
+            }
+            Kept::Graph(_) => self.kept = Kept::Nothing,
+            Kept::Nothing | Kept::Refused => {}
+        }
+        work(self)
+    }
+
+    /// Whether the last [`Self::repeat`] was one call.
+    pub fn recorded(&self) -> bool {
+        matches!(self.kept, Kept::Graph(_))
+    }
+
     /// Waits for all that was asked for and copies back.
     pub fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {
         let slice = self.memory.get(&from).ok_or_else(unknown)?;
@@ -266,8 +334,12 @@ impl Machine for Cuda {
         self.upload(to, bytes)
     }
 
-    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
-        self.upload_again(to, bytes.len(), |staging| staging.copy_from_slice(bytes))
+    fn upload_again(&mut self, to: u64, parts: &[&[u8]]) -> Result<()> {
+        let each = parts.first().map_or(0, |p| p.len());
+        self.upload_again(to, parts.len() * each, |staging| {
+            // In parallel: one core copies more slowly than the bus does.
+            staging.par_chunks_mut(each.max(1)).zip(parts).for_each(|(to, part)| to.copy_from_slice(part));
+        })
     }
 
     fn launch(&mut self, kernel: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
@@ -284,11 +356,15 @@ impl Machine for Cuda {
             b: Matrix { address: p.x, leading: p.inputs, transposed: false },
             c: p.y,
             of,
-            into: of,
+            into: Number::F32,
             add: false,
         };
         // SAFETY: the three matrices lie in memory that the plan laid out for them, in these sizes.
         unsafe { self.gemm(&gemm) }
+    }
+
+    fn repeat(&mut self, same: bool, work: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        self.repeat(same, work)
     }
 
     fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()> {

@@ -23,7 +23,7 @@
 
 // As `Args` in gpu/mod.rs. Addresses are the device's; what a kernel does not use is 0.
 struct Args {
-  unsigned long long input, weight, bias, before, output;
+  unsigned long long input, weight, bias, before, output, wide;
   int height, width, channels;
   int out_height, out_width;
   int stride, top, left;
@@ -77,11 +77,11 @@ ON_DEVICE f16 rounded(const float f, f16) {
 ON_DEVICE float widened(const f32 x) { return x; }
 ON_DEVICE f32 rounded(const float x, f32) { return x; }
 
-// As many neighbouring channels as 16 bytes hold; every layer has a multiple of 8.
-template <typename T>
+// As many neighbouring channels as 16 bytes hold of T; every layer has a multiple of 8.
+template <typename T, typename Value = T>
 struct Vector {
   static const int N = 16 / sizeof(T);
-  alignas(16) T v[N];
+  alignas(16) Value v[N];
 };
 
 // NaN stays NaN, so that a broken weight is seen downstream.
@@ -117,8 +117,8 @@ ON_DEVICE void stem(const long long i, const Args &a) {
   for (int k = 0; k < G; k++) out[k] = rounded(relu6(sum[k]), T());
 }
 
-// 3x3 depthwise convolution with bias and ReLU6. The input is the product before it, without its bias and ReLU6 where
-// `before` has that bias: they are applied as it is read, which saves a pass over the largest tensors of the network.
+// 3x3 depthwise convolution with bias and ReLU6, of an f32 map. With `before` that is the product before it, without its bias and
+// ReLU6: they are applied as it is read, which saves a pass over the largest tensors of the network.
 // One item: `R` pixels side by side, a vector of channels. weight: 9 x channels.
 const int R = 4;
 template <typename T, int S>
@@ -128,7 +128,7 @@ ON_DEVICE void depthwise_at(const long long i, const Args &a) {
   const int c = (int)(i % groups) * V;
   const int x0 = (int)(i / groups % runs) * R, y = (int)(i / groups / runs % a.out_height);
   const long long n = i / groups / runs / a.out_height;
-  const T *in = (const T *)a.input + n * a.height * a.width * a.channels + c;
+  const float *in = (const float *)a.input + n * a.height * a.width * a.channels + c;
   const float *weight = (const float *)a.weight + c, *bias = (const float *)a.bias + c;
   const float *before = a.before ? (const float *)a.before + c : 0;
   float sum[R][V];
@@ -141,15 +141,15 @@ ON_DEVICE void depthwise_at(const long long i, const Args &a) {
     for (int j = 0; j < (R - 1) * S + 3; j++) {
       const int ix = x0 * S + j - a.left;
       if (ix < 0 || ix >= a.width) continue;
-      const Vector<T> read = *(const Vector<T> *)(in + ((long long)iy * a.width + ix) * a.channels);
-      float v[V];
-      for (int k = 0; k < V; k++) v[k] = before ? relu6(widened(read.v[k]) + before[k]) : widened(read.v[k]);
+      Vector<T, float> read = *(const Vector<T, float> *)(in + ((long long)iy * a.width + ix) * a.channels);
+      if (before)
+        for (int k = 0; k < V; k++) read.v[k] = relu6(read.v[k] + before[k]);
 #pragma unroll
       for (int r = 0; r < R; r++) {
         const int kx = j - r * S;
         if (kx < 0 || kx > 2) continue;
         const float *w = weight + (long long)(ky * 3 + kx) * a.channels;
-        for (int k = 0; k < V; k++) sum[r][k] += w[k] * v[k];
+        for (int k = 0; k < V; k++) sum[r][k] += w[k] * read.v[k];
       }
     }
   }
@@ -168,21 +168,22 @@ ON_DEVICE void depthwise(const long long i, const Args &a) {
     depthwise_at<T, 2>(i, a);
 }
 
-// Adds the bias to a product in its place, and the block's input where it has one (`before`).
-// One item: a vector of channels.
+// The end of a block: a product (f32) with its bias, and the block's input where it has one (`before`, f32), rounded once. `wide`:
+// where the sum goes as it is, too (f32, may be the product's own place). One item: a vector of channels.
 template <typename T>
 ON_DEVICE void finish(const long long i, const Args &a) {
   const int V = Vector<T>::N;
+  const float *product = (const float *)a.input + i * V;
   const float *bias = (const float *)a.bias + i * V % a.channels;
-  Vector<T> *at = (Vector<T> *)a.output + i;
-  Vector<T> out = *at;
-  if (a.before) {
-    const Vector<T> residual = ((const Vector<T> *)a.before)[i];
-    for (int k = 0; k < V; k++) out.v[k] = rounded(widened(out.v[k]) + bias[k] + widened(residual.v[k]), T());
-  } else {
-    for (int k = 0; k < V; k++) out.v[k] = rounded(widened(out.v[k]) + bias[k], T());
-  }
-  *at = out;
+  alignas(16) float sum[V];
+  for (int k = 0; k < V; k++) sum[k] = product[k] + bias[k];
+  if (a.before)
+    for (int k = 0; k < V; k++) sum[k] += ((const float *)a.before)[i * V + k];
+  if (a.wide)
+    for (int k = 0; k < V; k++) ((float *)a.wide)[i * V + k] = sum[k];
+  Vector<T> out;
+  for (int k = 0; k < V; k++) out.v[k] = rounded(sum[k], T());
+  ((Vector<T> *)a.output)[i] = out;
 }
 
 // What GeM sums, floor and power as the processor's; power 0: the value itself.

@@ -2,7 +2,7 @@
 //! (`cuda.rs`), the processor that runs the same kernels as loops another, for tests where there is no GPU.
 //!
 //! Channels lie side by side. 8-bit pixels go up, 448 numbers an image come down; between them one stream, without a wait.
-//! An expanded map is written by the matrix product as it is, and gets its bias and ReLU6 while the depthwise convolution
+//! Products leave f32. An expanded map is written by the product as it is, and gets its bias and ReLU6 while the depthwise convolution
 //! reads it. Memory is laid out once for a batch and a size.
 
 #[cfg(feature = "cuda")]
@@ -37,6 +37,7 @@ pub(crate) struct Args {
     bias: u64,
     before: u64,
     output: u64,
+    wide: u64,
     height: i32,
     width: i32,
     channels: i32,
@@ -56,6 +57,7 @@ pub(crate) struct Args {
 /// `y = x w^T`: `pixels` x `inputs` by `outputs` x `inputs`, row-major, addresses on the machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Product {
+    /// `x` and `w` are f16; `y` is f32.
     half: bool,
     pixels: usize,
     inputs: usize,
@@ -73,12 +75,15 @@ pub(crate) trait Machine {
     fn free(&mut self, address: u64) -> Result<()>;
     /// Copies to the machine.
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<()>;
-    /// The same for what comes in one size again and again.
-    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()>;
+    /// The same of parts of one length, one behind the other, for what comes in one size again and again.
+    fn upload_again(&mut self, to: u64, parts: &[&[u8]]) -> Result<()>;
     /// Runs a kernel of [`SOURCE`] over `items`.
     fn launch(&mut self, kernel: &'static str, half: bool, items: usize, args: &Args) -> Result<()>;
     /// A matrix product, summed in f32.
     fn product(&mut self, product: &Product) -> Result<()>;
+    /// Does `work`, which launches and multiplies and no more. `same`: its calls are, one by one, those of the last time, so
+    /// that a machine may have kept them.
+    fn repeat(&mut self, same: bool, work: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()>;
     /// Waits for all that was asked for and copies back.
     fn download(&mut self, from: u64, values: &mut [f32]) -> Result<()>;
 }
@@ -93,6 +98,8 @@ struct Layer {
 
 #[derive(Clone, Copy, Debug)]
 struct Block {
+    /// Whether its products are f16's.
+    half: bool,
     expand: Option<Layer>,
     depthwise: Layer,
     project: Layer,
@@ -108,8 +115,10 @@ struct Space {
     height: usize,
     width: usize,
     image: u64,
-    /// Blocks' inputs and outputs, in turns.
+    /// Blocks' inputs and outputs, in turns, in f32: of what goes round blocks every rounding would stay.
     maps: [u64; 2],
+    /// A block's input as products read it, where that is another type.
+    narrow: u64,
     expanded: u64,
     filtered: u64,
     strips: u64,
@@ -120,6 +129,19 @@ struct Space {
 struct State<M> {
     machine: M,
     space: Space,
+    /// What the last run in this space did besides.
+    last: Option<(Normalise, Pooling)>,
+}
+
+impl Block {
+    /// Bytes of a number that its products read.
+    fn element(&self) -> usize {
+        if self.half {
+            2
+        } else {
+            4
+        }
+    }
 }
 
 /// The network on one machine.
@@ -133,7 +155,7 @@ pub(crate) struct GpuPlan<M> {
 }
 
 /// How an image becomes numbers: value = pixel * scale + shift, per channel.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Normalise {
     /// 1 / (255 std).
     pub scale: [f32; 3],
@@ -147,6 +169,9 @@ fn bytes_of(values: &[f32]) -> Vec<u8> {
 
 impl<M: Machine> GpuPlan<M> {
     /// Uploads the weights: those of matrix products in f16 with `half`, the others in f32. Arguments as `Plan::new`'s.
+    ///
+    /// The block behind the stem stays f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away
+    /// (with it in f16 the shipped model's descriptors were off four times as much). [ours]
     pub fn new(
         mut machine: M,
         half: bool,
@@ -170,22 +195,24 @@ impl<M: Machine> GpuPlan<M> {
         };
         let stem = direct(stem)?;
         let filters = blocks.iter().map(|b| direct(b.depthwise)).collect::<Result<Vec<_>>>()?;
-        let mut product = |(w, b): (&[f32], &[f32])| -> Result<Layer> {
+        let mut product = |half: bool, (w, b): (&[f32], &[f32])| -> Result<Layer> {
             let bytes = if half { w.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect() } else { bytes_of(w) };
             Ok(Layer { weight: put(bytes)?, bias: put(bytes_of(b))?, inputs: w.len() / b.len(), outputs: b.len() })
         };
         let mut all = Vec::with_capacity(blocks.len());
         for (b, depthwise) in blocks.iter().zip(filters) {
+            let half = half && b.expand.is_some();
             all.push(Block {
-                expand: b.expand.map(&mut product).transpose()?,
+                half,
+                expand: b.expand.map(|e| product(half, e)).transpose()?,
                 depthwise,
-                project: product(b.project)?,
+                project: product(half, b.project)?,
                 stride: b.stride,
                 residual: b.residual,
                 tap: b.tap,
             });
         }
-        Ok(Self { half, stem, blocks: all, pads, state: Mutex::new(State { machine, space: Space::default() }) })
+        Ok(Self { half, stem, blocks: all, pads, state: Mutex::new(State { machine, space: Space::default(), last: None }) })
     }
 
     /// Output size and border of a 3x3 convolution.
@@ -196,31 +223,25 @@ impl<M: Machine> GpuPlan<M> {
         Ok((h, w, pad))
     }
 
-    fn element(&self) -> usize {
-        if self.half {
-            2
-        } else {
-            4
-        }
-    }
-
     fn lay_out(&self, machine: &mut M, batch: usize, height: usize, width: usize) -> Result<Space> {
         let (mut h, mut w, _) = self.step(height, width, 2)?;
         let (mut map, mut expanded, mut filtered) = (h * w * STEM_CHANNELS, 0, 0);
         for b in &self.blocks {
             expanded = expanded.max(b.expand.map_or(0, |e| h * w * e.outputs));
             (h, w, _) = self.step(h, w, b.stride)?;
-            filtered = filtered.max(h * w * b.depthwise.outputs);
+            filtered = filtered.max(h * w * b.depthwise.outputs * b.element());
             map = map.max(h * w * b.project.outputs);
         }
-        let mut tensor = |values: usize| machine.reserve((batch * values * self.element()).max(1));
-        let (maps, expanded, filtered) = ([tensor(map)?, tensor(map)?], tensor(expanded)?, tensor(filtered)?);
+        let mut bytes = |bytes: usize| machine.reserve((batch * bytes).max(1));
+        let (maps, narrow) = ([bytes(4 * map)?, bytes(4 * map)?], if self.half { bytes(2 * map)? } else { 0 });
+        let (expanded, filtered) = (bytes(4 * expanded)?, bytes(filtered)?);
         Ok(Space {
             batch,
             height,
             width,
             image: machine.reserve(batch * height * width * 3)?,
             maps,
+            narrow,
             expanded,
             filtered,
             strips: machine.reserve(batch * STRIPS * DIM * 4)?,
@@ -230,39 +251,41 @@ impl<M: Machine> GpuPlan<M> {
 
     fn release(machine: &mut M, space: &mut Space) -> Result<()> {
         let s = std::mem::take(space);
-        let all = [s.image, s.maps[0], s.maps[1], s.expanded, s.filtered, s.strips, s.pooled];
+        let all = [s.image, s.maps[0], s.maps[1], s.narrow, s.expanded, s.filtered, s.strips, s.pooled];
         all.into_iter().filter(|a| *a != 0).try_for_each(|a| machine.free(a))
     }
 
-    /// The pooled taps of every image, 448 numbers each. `images`: RGB, `batch` x `height` x `width` x 3.
+    /// The pooled taps of every image, 448 numbers each. `images`: RGB, `height` x `width` x 3 each.
     ///
     /// Deterministic. Errors: the machine's, a size that is too small, a batch above [`MAX_BATCH`], or none.
-    pub fn pooled(
-        &self,
-        images: &[u8],
-        (batch, height, width): (usize, usize, usize),
-        normalise: &Normalise,
-        pooling: Pooling,
-    ) -> Result<Vec<f32>> {
-        if batch == 0 || batch > MAX_BATCH || images.len() != batch * height * width * 3 {
-            return Err(Error::image(format!("{} bytes are no batch of {batch} images {width}x{height}", images.len())));
+    pub fn pooled(&self, images: &[&[u8]], (height, width): (usize, usize), normalise: &Normalise, pooling: Pooling) -> Result<Vec<f32>> {
+        let batch = images.len();
+        if !(1..=MAX_BATCH).contains(&batch) {
+            return Err(Error::image(format!("a batch of {batch} images; 1 to {MAX_BATCH} go at once")));
+        }
+        if let Some(odd) = images.iter().find(|i| i.len() != height * width * 3) {
+            return Err(Error::image(format!("{} bytes are no image {width}x{height}", odd.len())));
         }
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let State { machine, space } = &mut *state;
+        let State { machine, space, last } = &mut *state;
         if (space.batch, space.height, space.width) != (batch, height, width) {
+            *last = None;
             Self::release(machine, space)?;
             *space = self.lay_out(machine, batch, height, width)?;
         }
         machine.upload_again(space.image, images)?;
-        self.run(machine, space, normalise, pooling)?;
+        let now = Some((*normalise, pooling));
+        // Taken until it is done: a run that failed is not what the next one repeats.
+        let same = last.take() == now;
+        machine.repeat(same, &mut |machine| self.run(machine, space, normalise, pooling))?;
+        *last = now;
         let mut pooled = vec![0f32; batch * DIM];
         machine.download(space.pooled, &mut pooled)?;
         Ok(pooled)
     }
 
     fn run(&self, machine: &mut M, space: &Space, normalise: &Normalise, pooling: Pooling) -> Result<()> {
-        let (half, batch) = (self.half, space.batch);
-        let vector = 16 / self.element();
+        let batch = space.batch;
         let (h, w, pad) = self.step(space.height, space.width, 2)?;
         let of = |layer: &Layer| Args { weight: layer.weight, bias: layer.bias, channels: layer.outputs as i32, ..Args::default() };
         let args = Args {
@@ -279,14 +302,17 @@ impl<M: Machine> GpuPlan<M> {
             shift: normalise.shift,
             ..of(&self.stem)
         };
-        machine.launch("stem", half, batch * h * w * STEM_CHANNELS / 8, &args)?;
+        machine.launch("stem", false, batch * h * w * STEM_CHANNELS / 8, &args)?;
         let (mut h, mut w, [mut x, mut y], mut tapped) = (h, w, space.maps, 0);
-        for b in &self.blocks {
+        for (k, b) in self.blocks.iter().enumerate() {
+            let (half, vector) = (b.half, 16 / b.element());
             let mut input = x;
             if let Some(e) = &b.expand {
-                let pixels = batch * h * w;
-                machine.product(&Product { half, pixels, inputs: e.inputs, outputs: e.outputs, x, w: e.weight, y: space.expanded })?;
-                input = space.expanded;
+                let x = if half { space.narrow } else { x };
+                let (pixels, y) = (batch * h * w, space.expanded);
+                let (inputs, outputs, w) = (e.inputs, e.outputs, e.weight);
+                machine.product(&Product { half, pixels, inputs, outputs, x, w, y })?;
+                input = y;
             }
             let (out_h, out_w, pad) = self.step(h, w, b.stride)?;
             let c = b.depthwise.outputs;
@@ -306,9 +332,13 @@ impl<M: Machine> GpuPlan<M> {
             machine.launch("depthwise", half, batch * out_h * out_w.div_ceil(RUN) * c / vector, &args)?;
             (h, w) = (out_h, out_w);
             let (pixels, p) = (batch * h * w, &b.project);
-            machine.product(&Product { half, pixels, inputs: p.inputs, outputs: p.outputs, x: space.filtered, w: p.weight, y })?;
-            let args = Args { before: if b.residual { x } else { 0 }, output: y, ..of(p) };
-            machine.launch("finish", half, pixels * p.outputs / vector, &args)?;
+            let (inputs, outputs) = (p.inputs, p.outputs);
+            machine.product(&Product { half, pixels, inputs, outputs, x: space.filtered, w: p.weight, y })?;
+            // In its place, and as the next block's product reads it.
+            let next = self.blocks.get(k + 1).is_some_and(|b| b.half);
+            let (output, wide) = if next { (space.narrow, y) } else { (y, 0) };
+            let args = Args { input: y, before: if b.residual { x } else { 0 }, wide, output, ..of(p) };
+            machine.launch("finish", next, pixels * p.outputs / if next { 8 } else { 4 }, &args)?;
             if b.tap {
                 self.pool(machine, space, pooling, (y, h, w, p.outputs), tapped)?;
                 tapped += p.outputs;
@@ -340,9 +370,10 @@ impl<M: Machine> GpuPlan<M> {
             power,
             ..Args::default()
         };
-        machine.launch("pool_strip", self.half, space.batch * STRIPS * channels, &strips)?;
+        // Of the maps in f32, whatever the others are.
+        machine.launch("pool_strip", false, space.batch * STRIPS * channels, &strips)?;
         let whole = Args { input: space.strips, output: space.pooled, at: at as i32, row: DIM as i32, ..strips };
-        machine.launch("pool", self.half, space.batch * channels, &whole)
+        machine.launch("pool", false, space.batch * channels, &whole)
     }
 
     /// Of the machine.
@@ -355,14 +386,14 @@ impl<M: Machine> GpuPlan<M> {
     ///
     /// Errors: a size that is too small.
     pub fn cost(&self, height: usize, width: usize) -> Result<Cost> {
-        let element = self.element() as f64;
         let (mut h, mut w, _) = self.step(height, width, 2)?;
         let first = (h * w * STEM_CHANNELS) as f64;
-        let mut cost = Cost { products: 0.0, others: first * 27.0, bytes: (height * width * 3) as f64 + first * element };
-        for b in &self.blocks {
+        let mut cost = Cost { products: 0.0, others: first * 27.0, bytes: (height * width * 3) as f64 + first * 4.0 };
+        for (k, b) in self.blocks.iter().enumerate() {
+            let element = b.element() as f64;
             let mut product = |pixels: usize, layer: &Layer| {
                 cost.products += (pixels * layer.inputs * layer.outputs) as f64;
-                cost.bytes += (pixels * (layer.inputs + layer.outputs) + layer.inputs * layer.outputs) as f64 * element;
+                cost.bytes += ((pixels + layer.outputs) * layer.inputs) as f64 * element + (pixels * layer.outputs * 4) as f64;
             };
             if let Some(e) = &b.expand {
                 product(h * w, e);
@@ -371,8 +402,11 @@ impl<M: Machine> GpuPlan<M> {
             (h, w, _) = self.step(h, w, b.stride)?;
             product(h * w, &b.project);
             cost.others += (h * w * b.depthwise.outputs * 9) as f64;
-            cost.bytes += ((before + h * w) * b.depthwise.outputs) as f64 * element;
-            cost.bytes += (h * w * b.project.outputs * (2 + usize::from(b.residual) + usize::from(b.tap))) as f64 * element;
+            cost.bytes += b.depthwise.outputs as f64 * (before as f64 * 4.0 + (h * w) as f64 * element);
+            // What the block's end reads and writes, and the pooling reads.
+            let wide = 2 + usize::from(b.residual) + usize::from(b.tap);
+            let narrow = if self.blocks.get(k + 1).is_some_and(|b| b.half) { 2.0 } else { 0.0 };
+            cost.bytes += (h * w * b.project.outputs) as f64 * (4.0 * wide as f64 + narrow);
         }
         Ok(cost)
     }

@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 #[derive(Debug, Default)]
 struct Host {
     memory: Memory,
+    /// What was launched and multiplied, in this [`Machine::repeat`] and in the one before.
+    calls: [Vec<String>; 2],
 }
 
 impl Host {
@@ -39,8 +41,8 @@ impl Machine for Host {
         Ok(())
     }
 
-    fn upload_again(&mut self, to: u64, bytes: &[u8]) -> Result<()> {
-        self.upload(to, bytes)
+    fn upload_again(&mut self, to: u64, parts: &[&[u8]]) -> Result<()> {
+        self.upload(to, &parts.concat())
     }
 
     fn launch(&mut self, name: &'static str, half: bool, items: usize, args: &Args) -> Result<()> {
@@ -49,17 +51,25 @@ impl Machine for Host {
         // SAFETY: `Args` as the library declares it; what the kernel writes outside its blocks the margins tell.
         unsafe { kernel::<Args>(library, &format!("{name}_{}", if half { "f16" } else { "f32" }))(items as i64, args) };
         assert!(self.memory.intact(), "{name} wrote past its memory");
+        self.calls[0].push(format!("{name} {half} {items} {args:?}"));
+        Ok(())
+    }
+
+    fn repeat(&mut self, same: bool, work: &mut dyn FnMut(&mut Self) -> Result<()>) -> Result<()> {
+        self.calls[0].clear();
+        work(self)?;
+        // A machine that keeps calls would have made the old ones.
+        assert!(!same || self.calls[0] == self.calls[1], "{:?}", self.calls);
+        self.calls.swap(0, 1);
         Ok(())
     }
 
     fn product(&mut self, p: &Product) -> Result<()> {
+        self.calls[0].push(format!("{p:?}"));
         let (x, w) = (self.numbers(p.x, p.pixels * p.inputs, p.half), self.numbers(p.w, p.inputs * p.outputs, p.half));
         let dot = |x: &[f32], w: &[f32]| x.iter().zip(w).map(|(a, b)| a * b).sum::<f32>();
         let y = x.chunks_exact(p.inputs).flat_map(|x| w.chunks_exact(p.inputs).map(move |w| dot(x, w)));
-        let bytes: Vec<u8> = match p.half {
-            true => y.flat_map(|v| f16::from_f32(v).to_le_bytes()).collect(),
-            false => y.flat_map(f32::to_le_bytes).collect(),
-        };
+        let bytes: Vec<u8> = y.flat_map(f32::to_le_bytes).collect();
         self.upload(p.y, &bytes)
     }
 
@@ -101,6 +111,11 @@ fn pixels(seed: u64, n: usize) -> Vec<u8> {
     (0..n as u64).map(|i| (128.0 + 127.0 * crate::test_noise(seed, i / 24)) as u8).collect()
 }
 
+/// A batch of images of one size, one behind the other.
+fn split(images: &[u8], (h, w): (usize, usize)) -> Vec<&[u8]> {
+    images.chunks(h * w * 3).collect()
+}
+
 /// Largest difference of descriptors of unit length.
 fn worst(a: &[f32], b: &[f32]) -> f32 {
     let unit = |v: &[f32]| {
@@ -117,42 +132,74 @@ proptest! {
 
     #[test]
     fn the_gpus_network_is_candles(n in 1usize..3, h in 32usize..70, w in 32usize..70, same in any::<bool>(), p in 0usize..3, seed in any::<u64>()) {
-        let net = network(if same { Padding::Same } else { Padding::Symmetric });
-        let pooling = [Pooling::Gem { p: 3.0 }, Pooling::Gem { p: 2.5 }, Pooling::Average][p];
-        let images = pixels(seed, n * h * w * 3);
-        let want = reference(&net, &images, (n, h, w), pooling);
-        for (half, most) in [(false, 2e-5), (true, 2e-3)] {
-            let plan = net.gpu_plan(Host::default(), half).unwrap();
-            let got = plan.pooled(&images, (n, h, w), &NORMALISE, pooling).unwrap();
-            let worst = worst(&got, &want);
-            prop_assert!(worst < most, "{worst} with half {half}");
-        }
+        is_candles(Host::default, (n, h, w), same, p, seed);
+    }
+}
+
+fn is_candles<M: Machine>(machine: impl Fn() -> M, (n, h, w): (usize, usize, usize), same: bool, pooling: usize, seed: u64) {
+    let net = network(if same { Padding::Same } else { Padding::Symmetric });
+    let pooling = [Pooling::Gem { p: 3.0 }, Pooling::Gem { p: 2.5 }, Pooling::Average][pooling];
+    let images = pixels(seed, n * h * w * 3);
+    let want = reference(&net, &images, (n, h, w), pooling);
+    for (half, most) in [(false, 2e-5), (true, 2e-3)] {
+        let plan = net.gpu_plan(machine(), half).unwrap();
+        let got = plan.pooled(&split(&images, (h, w)), (h, w), &NORMALISE, pooling).unwrap();
+        let worst = worst(&got, &want);
+        assert!(worst < most, "{worst} with half {half}, {n} images {w}x{h}");
     }
 }
 
 #[test]
 fn another_size_another_layout_and_back_the_same_bytes() {
     let plan = network(Padding::Same).gpu_plan(Host::default(), true).unwrap();
-    let run = |n: usize, h: usize, w: usize| plan.pooled(&pixels(7, n * h * w * 3), (n, h, w), &NORMALISE, Pooling::Average).unwrap();
-    let first = run(1, 40, 56);
-    let (two, blocks) = (run(2, 33, 47), plan.state.lock().unwrap().machine.memory.len());
-    assert_eq!(two.len(), 2 * DIM);
-    assert_eq!(run(1, 40, 56), first);
+    sizes_and_places(&plan, 0.0);
+    let run = |n: usize, h: usize, w: usize| {
+        plan.pooled(&split(&pixels(7, n * h * w * 3), (h, w)), (h, w), &NORMALISE, Pooling::Average).unwrap()
+    };
+    run(1, 40, 56);
+    let blocks = plan.state.lock().unwrap().machine.memory.len();
+    run(2, 33, 47);
     // What a size no longer needs is given back.
     assert_eq!(plan.state.lock().unwrap().machine.memory.len(), blocks);
-    // An image's place in a batch changes nothing.
+}
+
+/// Sizes, poolings and normalisations in any order: the same bytes. In a batch an image is off by `most` of unit length.
+fn sizes_and_places<M: Machine>(plan: &GpuPlan<M>, most: f32) {
+    let run = |n: usize, h: usize, w: usize| {
+        plan.pooled(&split(&pixels(7, n * h * w * 3), (h, w)), (h, w), &NORMALISE, Pooling::Average).unwrap()
+    };
+    let first = run(1, 40, 56);
+    assert_eq!(run(2, 33, 47).len(), 2 * DIM);
+    for _ in 0..4 {
+        assert_eq!(run(1, 40, 56), first);
+    }
+    // What is done again and again may be kept by the machine: not so what another pooling or another normalisation wants.
+    let brighter = Normalise { shift: [-1.0; 3], ..NORMALISE };
+    let with = |normalise: &Normalise, pooling| plan.pooled(&[&pixels(7, 40 * 56 * 3)], (40, 56), normalise, pooling).unwrap();
+    let others = [(NORMALISE, Pooling::Gem { p: 3.0 }), (brighter, Pooling::Average), (brighter, Pooling::Gem { p: 2.0 })];
+    let alone: Vec<_> = others.iter().map(|(n, p)| with(n, *p)).collect();
+    assert!(alone.iter().all(|a| *a != first));
+    for _ in 0..3 {
+        for ((n, p), alone) in others.iter().zip(&alone) {
+            assert_eq!((&with(n, *p), &with(n, *p), &with(n, *p)), (alone, alone, alone));
+        }
+    }
+    // An image's place in a batch changes nothing but, in another machine's products, the order of sums.
     let (one, three) = (pixels(3, 40 * 56 * 3), [pixels(1, 40 * 56 * 3), pixels(2, 40 * 56 * 3), pixels(3, 40 * 56 * 3)].concat());
-    let alone = plan.pooled(&one, (1, 40, 56), &NORMALISE, Pooling::Average).unwrap();
-    assert_eq!(plan.pooled(&three, (3, 40, 56), &NORMALISE, Pooling::Average).unwrap()[2 * DIM..], alone);
+    let alone = plan.pooled(&[&one], (40, 56), &NORMALISE, Pooling::Average).unwrap();
+    let last = &plan.pooled(&split(&three, (40, 56)), (40, 56), &NORMALISE, Pooling::Average).unwrap()[2 * DIM..];
+    assert!(worst(last, &alone) <= most, "{}", worst(last, &alone));
 }
 
 #[test]
 fn batches_that_do_not_fit_are_refused() {
     let plan = network(Padding::Same).gpu_plan(Host::default(), false).unwrap();
-    let run = |bytes: usize, n: usize, h: usize, w: usize| plan.pooled(&vec![0; bytes], (n, h, w), &NORMALISE, Pooling::Average);
-    assert!(run(3 * 40 * 40, 1, 40, 41).unwrap_err().to_string().contains("no batch of 1 images 41x40"));
-    assert!(run(0, 0, 40, 40).is_err());
-    assert!(run((MAX_BATCH + 1) * 3 * 32 * 32, MAX_BATCH + 1, 32, 32).is_err());
+    let run = |images: &[&[u8]], h, w| plan.pooled(images, (h, w), &NORMALISE, Pooling::Average).unwrap_err().to_string();
+    let image = vec![0; 3 * 40 * 40];
+    assert!(run(&[&image], 40, 41).contains("4800 bytes are no image 41x40"));
+    assert!(run(&[&image, &image[1..]], 40, 40).contains("4799 bytes are no image"));
+    assert!(run(&[], 40, 40).contains("a batch of 0 images"));
+    assert!(run(&vec![&image[..]; MAX_BATCH + 1], 40, 40).contains("65 images; 1 to 64"));
 }
 
 #[test]
@@ -168,19 +215,31 @@ fn the_cost_is_mobilenets() {
 /// Every f16 there is, to f32 and back, and what lies between two of them, as the `half` crate has it.
 #[test]
 fn the_hosts_f16_is_ieee() {
-    // `finish` with bias 0 rounds what it reads; a residual is widened, added and rounded.
     let mut host = Host::default();
     let all: Vec<u16> = (0..=u16::MAX).collect();
-    let bytes: Vec<u8> = all.iter().flat_map(|b| b.to_le_bytes()).collect();
-    let (at, bias) = (host.reserve(bytes.len()).unwrap(), host.reserve(32).unwrap());
-    host.upload(at, &bytes).unwrap();
-    host.upload(bias, &bytes_of(&[0.0, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5])).unwrap();
-    let args = Args { output: at, bias, channels: 8, ..Args::default() };
-    host.launch("finish", true, all.len() / 8, &args).unwrap();
-    let added = [0.0f32, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5];
-    let got = host.memory.bytes(at, bytes.len()).to_vec();
+    let n = all.len();
+    let wide: Vec<f32> = all.iter().map(|b| f16::from_bits(*b).to_f32()).collect();
+    let added = [-0.0f32, 1e-8, 3e-8, 0.1, 1.0 / 3.0, 1000.1, -65519.0, 6.1e-5];
+    let mut put = |bytes: &[u8]| {
+        let at = host.reserve(bytes.len()).unwrap();
+        host.upload(at, bytes).unwrap();
+        at
+    };
+    let narrow = put(&all.iter().flat_map(|b| b.to_le_bytes()).collect::<Vec<_>>());
+    let (input, bias) = (put(&bytes_of(&wide)), put(&bytes_of(&added)));
+    let (output, sums) = (host.reserve(2 * n).unwrap(), host.reserve(4 * n).unwrap());
+
+    // One pixel's sum over it is what was read.
+    let args = Args { input: narrow, output: sums, height: 1, width: 1, channels: n as i32, strips: 1, ..Args::default() };
+    host.launch("pool_strip", true, n, &args).unwrap();
+    for (got, want) in host.numbers(sums, n, false).iter().zip(&wide) {
+        assert!(got == want || got.is_nan() && want.is_nan(), "{got} {want}");
+    }
+
+    host.launch("finish", true, n / 8, &Args { input, bias, output, channels: 8, ..Args::default() }).unwrap();
+    let got = host.memory.bytes(output, 2 * n).to_vec();
     for (i, got) in got.chunks_exact(2).enumerate() {
-        let want = f16::from_f32(f16::from_bits(all[i]).to_f32() + added[i % 8]);
+        let want = f16::from_f32(wide[i] + added[i % 8]);
         let got = f16::from_bits(u16::from_le_bytes([got[0], got[1]]));
         assert!(got == want && got.is_sign_negative() == want.is_sign_negative() || got.is_nan() && want.is_nan(), "{i}: {got} {want}");
     }
@@ -189,7 +248,10 @@ fn the_hosts_f16_is_ieee() {
 /// A weight that is no number shows.
 #[test]
 fn nan_stays_nan() {
-    let mut host = Host::default();
+    nan_stays(Host::default());
+}
+
+fn nan_stays(mut host: impl Machine) {
     let (at, bias) = (host.reserve(4 * 16).unwrap(), host.reserve(16).unwrap());
     host.upload(at, &bytes_of(&[1.0; 16])).unwrap();
     host.upload(bias, &bytes_of(&[0.0, f32::NAN, f32::INFINITY, 0.0])).unwrap();
@@ -212,9 +274,63 @@ fn nan_stays_nan() {
         ..Args::default()
     };
     host.launch("depthwise", false, 2, &args).unwrap();
-    let got = host.numbers(out, 16, false);
+    let mut got = [0.0; 16];
+    host.download(out, &mut got).unwrap();
     for pixel in got.chunks_exact(4) {
         assert_eq!((pixel[0], pixel[2], pixel[3]), (4.0, 6.0, 4.0), "{got:?}");
         assert!(pixel[1].is_nan());
+    }
+}
+
+/// The same on a GPU, in a build with the feature.
+#[cfg(feature = "cuda")]
+mod on_a_card {
+    use super::*;
+
+    /// The first CUDA device; where there is none the test is skipped, by name.
+    fn card(test: &str) -> bool {
+        let found = Cuda::new(0, &KERNELS);
+        if let Err(e) = &found {
+            eprintln!("SKIPPED {test}: {e}");
+        }
+        found.is_ok()
+    }
+
+    fn open() -> Cuda {
+        Cuda::new(0, &KERNELS).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+
+        #[test]
+        fn the_cards_network_is_candles(n in 1usize..5, h in 32usize..200, w in 32usize..200, same in any::<bool>(), p in 0usize..3, seed in any::<u64>()) {
+            if card("the_cards_network_is_candles") {
+                is_candles(open, (n, h, w), same, p, seed);
+            }
+        }
+    }
+
+    #[test]
+    fn a_card_makes_the_same_bytes_in_any_order() {
+        if !card("a_card_makes_the_same_bytes_in_any_order") {
+            return;
+        }
+        for half in [false, true] {
+            let plan = network(Padding::Same).gpu_plan(open(), half).unwrap();
+            sizes_and_places(&plan, if half { 1e-3 } else { 1e-6 });
+            assert!(plan.on_machine(|m| !m.recorded()), "the last size was asked for once");
+            for _ in 0..3 {
+                plan.pooled(&[&pixels(7, 40 * 56 * 3)], (40, 56), &NORMALISE, Pooling::Average).unwrap();
+            }
+            assert!(plan.on_machine(Cuda::recorded), "three times the same are one call");
+        }
+    }
+
+    #[test]
+    fn nan_stays_nan_on_a_card() {
+        if card("nan_stays_nan_on_a_card") {
+            nan_stays(open());
+        }
     }
 }
