@@ -23,6 +23,10 @@ impl Machine for Device {
         self.0.free(address);
     }
 
+    fn clear(&mut self, at: u64) -> Result<()> {
+        self.0.clear(at).map_err(Error::wrap)
+    }
+
     fn upload(&mut self, to: u64, values: &[f32]) -> Result<()> {
         self.0.upload(to, bytemuck::cast_slice(values)).map_err(Error::wrap)
     }

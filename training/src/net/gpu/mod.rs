@@ -104,6 +104,8 @@ trait Machine: Send {
     fn reserve(&mut self, bytes: usize) -> Result<u64>;
     /// Gives back what [`Self::reserve`] gave.
     fn free(&mut self, address: u64);
+    /// Sets all bytes of what [`Self::reserve`] gave to 0.
+    fn clear(&mut self, at: u64) -> Result<()>;
     /// Copies to the machine.
     fn upload(&mut self, to: u64, values: &[f32]) -> Result<()>;
     /// Runs a kernel of [`SOURCE`] over `items`.
@@ -690,7 +692,7 @@ impl Gpu {
         let mut run = Run { state: &mut state, trunk, half: self.half, images: saved.images, limit: trunk.top() as f32 };
         let grads = run.state.take(4 * trunk.weights)?;
         // Blocks behind the last tap get no gradient.
-        run.state.machine.upload(grads.address, &vec![0.0; trunk.weights])?;
+        run.state.machine.clear(grads.address)?;
         run.backward(saved, tap_grad, grads.address)?;
         let mut out = vec![0f32; trunk.weights];
         run.state.machine.download(grads.address, &mut out)?;

@@ -44,6 +44,11 @@ impl Machine for Host {
         self.memory.free(address);
     }
 
+    fn clear(&mut self, at: u64) -> Result<()> {
+        self.memory.clear(at);
+        Ok(())
+    }
+
     fn upload(&mut self, to: u64, values: &[f32]) -> Result<()> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         self.memory.bytes(to, bytes.len()).copy_from_slice(&bytes);
@@ -136,29 +141,34 @@ proptest! {
     /// is off by a few times what rounding the image alone does to the processor's.
     #[test]
     fn the_gpus_pass_is_the_processors(n in 3usize..5, h in 64usize..90, w in 64usize..90, seg in any::<bool>(), same in any::<bool>(), seed in 0u64..1000) {
-        let (arch, channels) = if seg { (Arch::MobileNetL, 7) } else { (Arch::MobileNetV2, 3) };
-        let padding = if same { Padding::Same } else { Padding::Symmetric };
-        let make = || branch::<f32>(arch, channels, padding, seed);
-        let on = |precision| {
-            let mut b = make();
-            b.compute_on(Some(host(precision)));
-            b
-        };
-        let x = image::<f32>(seed, channels, n, h, w);
-        let want = pass(&make(), &x);
-        let rounded = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
-        let least = pass(&make(), &rounded).off(&want);
-        let wide = pass(&on(Precision::F32), &x).off(&want);
-        let half = pass(&on(Precision::Bf16), &x).off(&want);
-        // A value beside a kink of an activation may fall on its other side, which moves the gradient more than rounding does.
-        for (what, off, most) in [("descriptor", wide[0], 1e-4), ("gradient", wide[1], 3e-2), ("statistics", wide[2], 1e-5), ("evaluation", wide[3], 1e-4)] {
-            prop_assert!(off < most, "{arch:?} {what}: {off}");
-        }
-        for ((what, off), least) in ["descriptor", "gradient", "statistics", "evaluation"].into_iter().zip(half).zip(least) {
-            prop_assert!(off > 0.0 && off < 8.0 * least + 2e-2, "{arch:?} {what} in bf16: {off}, {least} for the image alone");
-        }
-        prop_assert!(half[1] < 3.0 * least[1], "{arch:?} gradient in bf16: {}, {} for the image alone", half[1], least[1]);
+        is_the_processors(host, (n, h, w), seg, same, seed);
     }
+}
+
+fn is_the_processors(machine: impl Fn(Precision) -> Arc<Gpu>, (n, h, w): (usize, usize, usize), seg: bool, same: bool, seed: u64) {
+    let (arch, channels) = if seg { (Arch::MobileNetL, 7) } else { (Arch::MobileNetV2, 3) };
+    let padding = if same { Padding::Same } else { Padding::Symmetric };
+    let make = || branch::<f32>(arch, channels, padding, seed);
+    let on = |precision| {
+        let mut b = make();
+        b.compute_on(Some(machine(precision)));
+        b
+    };
+    let x = image::<f32>(seed, channels, n, h, w);
+    let want = pass(&make(), &x);
+    let rounded = x.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+    let least = pass(&make(), &rounded).off(&want);
+    let wide = pass(&on(Precision::F32), &x).off(&want);
+    let half = pass(&on(Precision::Bf16), &x).off(&want);
+    let parts = ["descriptor", "gradient", "statistics", "evaluation"];
+    // A value beside a kink of an activation may fall on its other side, which moves the gradient more than rounding does.
+    for ((what, off), most) in parts.into_iter().zip(wide).zip([1e-4, 3e-2, 1e-5, 1e-4]) {
+        assert!(off < most, "{arch:?} {what}: {off}");
+    }
+    for ((what, off), least) in parts.into_iter().zip(half).zip(least) {
+        assert!(off > 0.0 && off < 8.0 * least + 2e-2, "{arch:?} {what} in bf16: {off}, {least} for the image alone");
+    }
+    assert!(half[1] < 3.0 * least[1], "{arch:?} gradient in bf16: {}, {} for the image alone", half[1], least[1]);
 }
 
 /// Every bf16 there is, and what lies between two, rounded as Candle rounds.
@@ -233,4 +243,24 @@ fn a_batch_that_cannot_be_counted_and_a_gradient_of_an_evaluation_are_refused() 
     b.compute_on(Some(gpu.clone()));
     let f = b.forward(&image::<f32>(1, 3, 1, 64, 64), false).unwrap();
     assert!(f.descriptor.sum_all().unwrap().backward().unwrap().get(&b.weights).is_none());
+}
+
+/// The same on a GPU, in a build with the feature.
+#[cfg(feature = "cuda")]
+mod on_a_card {
+    use super::*;
+    use structvpr::model::ComputeDevice;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(8))]
+
+        #[test]
+        fn the_cards_pass_is_the_processors(n in 3usize..7, h in 64usize..140, w in 64usize..140, seg in any::<bool>(), same in any::<bool>(), seed in 0u64..1000) {
+            let open = |precision| Gpu::open(ComputeDevice::Cuda(0), precision);
+            match open(Precision::F32) {
+                Err(e) => eprintln!("SKIPPED the_cards_pass_is_the_processors: {e}"),
+                Ok(_) => is_the_processors(|precision| open(precision).unwrap().unwrap(), (n, h, w), seg, same, seed),
+            }
+        }
+    }
 }
