@@ -7,25 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-STAGES = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
-TAPS = (6, 13, 17)
-
-
-def layers():
-    """(our name, kind, in, out, stride, block number, is the block's input added) per convolution."""
-    out = [("stem", "full", 3, 32, 2, 0, False)]
-    channels, number = 32, 0
-    for t, c, n, s in STAGES:
-        for i in range(n):
-            number += 1
-            stride = s if i == 0 else 1
-            hidden = channels * t
-            if t != 1:
-                out.append((f"blocks.{number}.expand", "point", channels, hidden, 1, number, False))
-            out.append((f"blocks.{number}.depthwise", "depth", hidden, hidden, stride, number, False))
-            out.append((f"blocks.{number}.project", "linear", hidden, c, 1, number, stride == 1 and channels == c))
-            channels = c
-    return out
+from mobilenet_layers import TAPS, layers, pads
 
 
 def build(tensors, height, width, same, gem_p=3.0, tap_norm=True):
@@ -42,17 +24,13 @@ def build(tensors, height, width, same, gem_p=3.0, tap_norm=True):
         if kind in ("point", "depth") and name.split(".")[-1] == ("expand" if block > 1 else "depthwise"):
             block_input = x
         k = 1 if kind in ("point", "linear") else 3
-        pads = [0, 0, 0, 0]
+        border = [0, 0, 0, 0]
         if k == 3:
-            pads = [1, 1, 1, 1]
-            if same:
-                total = [max((-(-n // stride) - 1) * stride + 3 - n, 0) for n in size]
-                pads = [total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2]
-            size = tuple((n + pads[i] + pads[i + 2] - 3) // stride + 1 for i, n in enumerate(size))
+            border, size = pads(size, stride, same)
         w = const(f"{name}.weight", tensors[f"{name}.weight"].astype(np.float32))
         b = const(f"{name}.bias", tensors[f"{name}.bias"].astype(np.float32))
         nodes.append(helper.make_node("Conv", [x, w, b], [f"{name}.y"], kernel_shape=[k, k], strides=[stride, stride],
-                                      pads=pads, group=out if kind == "depth" else 1))
+                                      pads=border, group=out if kind == "depth" else 1))
         x = f"{name}.y"
         if kind != "linear":
             nodes.append(helper.make_node("Clip", [x, "zero", "six"], [f"{name}.a"]))

@@ -1,7 +1,8 @@
 """PyTorch as a peer of `training bench`: MobileNetV2 to its 320-channel stage, three taps, GeM, triplet loss, AdamW.
 
-Usage: train_step.py DIR THREADS, with DIR/weights.npy (flat, in network order: weight, scale, shift of each convolution),
-DIR/image.npy and DIR/shape.txt (N H W). One step for each line read; answers with seconds and the loss.
+Usage: train_step.py DIR THREADS DEVICE PRECISION, with DIR/weights.npy (flat, in network order: weight, scale, shift of each convolution),
+DIR/image.npy and DIR/shape.txt (N H W). One step for each line read; answers with seconds and the loss. DEVICE is cpu or cuda:N;
+PRECISION is f32 (without TF32) or bf16 (autocast, on a GPU). On a GPU the image's way up counts, from page-locked memory.
 """
 import sys
 import time
@@ -11,7 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-folder, threads = sys.argv[1], int(sys.argv[2])
+folder, threads, device, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+away = device != "cpu"
+mixed = away and precision == "bf16"
+torch.backends.cudnn.benchmark = True
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 torch.set_num_threads(threads)
 n, h, w = map(int, open(f"{folder}/shape.txt").read().split())
 image = torch.from_numpy(np.load(f"{folder}/image.npy").astype(np.float32).reshape(n, 3, h, w))
@@ -68,6 +73,7 @@ for module in net.modules():
                 at += p.numel()
                 (decays if isinstance(module, nn.Conv2d) else rest).append(p)
 assert at == flat.numel()
+net.to(device)
 # The foreach form is PyTorch's fast one on a CPU.
 groups = [{"params": decays, "weight_decay": 1e-4}, {"params": rest, "weight_decay": 0.0}]
 optimiser = torch.optim.AdamW(groups, lr=1e-4, foreach=True)
@@ -77,12 +83,16 @@ b = n // 3
 def step(x):
     began = time.perf_counter()
     optimiser.zero_grad(set_to_none=True)
-    d = net(x)
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        d = net(x.to(device, non_blocking=True)).float()
     q, p, m = d[:b], d[b : 2 * b], d[2 * b :]
     loss = (((q - p).norm(dim=1) - (q - m).norm(dim=1) + 0.1).clamp(min=0)).mean()
     loss.backward()
     optimiser.step()
-    return time.perf_counter() - began, loss.item()
+    value = loss.item()
+    if away:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, value
 
 
 # Both layouts are PyTorch's own; whichever is faster on this machine is the peer.
@@ -91,11 +101,13 @@ times = {}
 for layout in (torch.contiguous_format, torch.channels_last):
     net.to(memory_format=layout)
     x = image.contiguous(memory_format=layout)
+    x = x.pin_memory() if away else x
     step(x)
     times[layout] = step(x)[0]
 layout = min(times, key=times.get)
 net.to(memory_format=layout)
 image = image.contiguous(memory_format=layout)
+image = image.pin_memory() if away else image
 with torch.no_grad():
     for p, s in zip(net.parameters(), start):
         p.copy_(s)

@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', default_value = "descriptor,superpoint,matching,verification,search,pipeline", value_parser = ["descriptor", "superpoint", "matching", "verification", "search", "pipeline"])]
     only: Vec<String>,
     /// Measure faiss (search), ONNX Runtime, OpenVINO (descriptor), ncnn (superpoint) and OpenCV (matching) in the same run;
-    /// scripts/bench_peers installs them.
+    /// scripts/bench_peers installs them. On CUDA the descriptor's peer is PyTorch; scripts/bench_cuda installs it.
     #[arg(long)]
     peers: bool,
     /// Python with the peers' packages.
@@ -85,56 +85,68 @@ pub fn run(args: Args) -> Result<ExitCode> {
         ensure!(args.python.is_file(), "{}: no such Python; run scripts/bench_peers first, or give --python", args.python.display());
     }
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot set the number of threads")?;
+    let machine = format!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
+    if !args.json {
+        println!("{machine}");
+    }
     let mut rows = Vec::new();
-    if args.only.iter().any(|o| o == "descriptor") {
+    // Line by line: who stops it keeps what was measured.
+    let mut say = |new: Vec<Row>| {
+        if !args.json {
+            new.iter().for_each(Row::print);
+        }
+        rows.extend(new);
+    };
+    let asked = |what: &str| args.only.iter().any(|o| o == what);
+    if asked("descriptor") {
         if args.device == ComputeDevice::Cpu {
-            rows.extend(descriptors(&args)?);
+            descriptors(&args, &mut say)?;
         } else {
             for precision in [Precision::F32, Precision::F16] {
                 for (reference, model) in models(&args)?.into_iter().zip(models(&args)?) {
-                    rows.extend(descriptor_on(&args, &reference, &model.on(args.device, precision)?)?);
+                    say(descriptor_on(&args, &reference, &model.on(args.device, precision)?)?);
                 }
             }
         }
     }
-    if args.only.iter().any(|o| o == "superpoint") {
-        rows.push(superpoint(&args, Runtime::Onnx)?);
+    if asked("superpoint") {
+        say(vec![superpoint(&args, Runtime::Onnx)?]);
         if args.peers {
-            rows.push(superpoint(&args, Runtime::Ncnn)?);
+            say(vec![superpoint(&args, Runtime::Ncnn)?]);
         }
     }
-    if args.only.iter().any(|o| o == "matching") {
-        rows.push(matching(&args)?);
+    if asked("matching") {
+        say(vec![matching(&args)?]);
     }
-    if args.only.iter().any(|o| o == "verification") {
-        rows.push(verification(&args)?);
+    if asked("verification") {
+        say(vec![verification(&args)?]);
     }
-    if args.only.iter().any(|o| o == "search") {
+    if asked("search") {
         for n in &args.places {
-            rows.extend(search(&args, *n)?);
+            say(search(&args, *n)?);
         }
     }
-    if args.only.iter().any(|o| o == "pipeline") {
-        rows.push(pipeline(&args)?);
+    if asked("pipeline") {
+        say(vec![pipeline(&args)?]);
     }
-    let machine = format!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
     if let Some(path) = &args.plot {
         let title = format!("our time / the peer's, {} thread(s), {}, {:?}", args.threads, processor(), Isa::detect());
         structvpr::error::write_file(path, plot(&rows, &title)?.as_bytes())?;
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
-        return Ok(ExitCode::SUCCESS);
-    }
-    println!("{machine}");
-    for r in rows {
-        print!("{:36} median {:9.3} ms  p95 {:9.3} ms", r.what, r.median_ms, r.p95_ms);
-        if let (Some(peer), Some(ms), Some(ratio)) = (r.peer, r.peer_median_ms, r.ratio) {
-            print!("   {peer} {ms:9.3} ms  ratio {ratio:.2}");
-        }
-        println!("{}", r.check.map(|c| format!("   {c}")).unwrap_or_default());
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl Row {
+    fn print(&self) {
+        print!("{:36} median {:9.3} ms  p95 {:9.3} ms", self.what, self.median_ms, self.p95_ms);
+        if let (Some(peer), Some(ms), Some(ratio)) = (&self.peer, self.peer_median_ms, self.ratio) {
+            print!("   {peer} {ms:9.3} ms  ratio {ratio:.2}");
+        }
+        println!("{}", self.check.as_ref().map(|c| format!("   {c}")).unwrap_or_default());
+    }
 }
 
 fn size(text: &str) -> Result<(usize, usize), String> {
@@ -214,7 +226,16 @@ const TURN: usize = 5;
 const PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// Runs `ours` and the peer in turns of a few rounds.
-fn rounds(count: usize, mut ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+fn rounds(count: usize, ours: impl FnMut() -> Result<()>, mut peer: Option<Peer>) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
+    turns(count, ours, peer.as_mut().map(|p| || p.round()))
+}
+
+/// The same of a peer's one round, which answers with its seconds.
+fn turns(
+    count: usize,
+    mut ours: impl FnMut() -> Result<()>,
+    mut peer: Option<impl FnMut() -> Result<f64>>,
+) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
     while mine.len() < count {
         for i in 0..TURN {
@@ -226,7 +247,7 @@ fn rounds(count: usize, mut ours: impl FnMut() -> Result<()>, mut peer: Option<P
         std::thread::sleep(PAUSE);
         if let Some(peer) = &mut peer {
             for i in 0..TURN {
-                let took = peer.round()?;
+                let took = peer()?;
                 theirs.extend((i > 0).then_some(took));
             }
             std::thread::sleep(PAUSE);
@@ -332,22 +353,21 @@ fn search(args: &Args, n: usize) -> Result<Vec<Row>> {
 
 /// The descriptor at every size: in f32 against the peers' f32, in 8 bits against ONNX Runtime's f32 and OpenVINO's bf16, which is what
 /// others have below f32.
-fn descriptors(args: &Args) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+fn descriptors(args: &Args, say: &mut impl FnMut(Vec<Row>)) -> Result<()> {
     for model in models(args)? {
         for peer in [Runtime::Onnx, Runtime::OpenVino] {
             if args.peers || peer == Runtime::Onnx {
-                rows.push(descriptor(args, &model, peer)?);
+                say(vec![descriptor(args, &model, peer)?]);
             }
         }
         let model = model.on(ComputeDevice::Cpu, Precision::Int8)?;
         for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
             if peer == Runtime::Onnx || args.peers && has_bf16() {
-                rows.push(descriptor(args, &model, peer)?);
+                say(vec![descriptor(args, &model, peer)?]);
             }
         }
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// The model at every size of `--sizes`.
@@ -449,9 +469,32 @@ fn descriptor_on(args: &Args, reference: &Model, model: &Model) -> Result<Vec<Ro
     let allowed = if precision == Precision::F16 { 2e-3 } else { 1e-4 };
     ensure!(worst <= allowed, "the descriptor on {} in {precision} differs from the processor's by {worst:.1e}", args.device);
     let mut rows = Vec::new();
+    let dir = tempfile::tempdir()?;
+    let mut peer = None;
+    if args.peers {
+        let data = images.iter().flat_map(|i| i.data()).map(|v| f64::from(*v)).collect();
+        std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: most * h, cols: 3 * w, data }))?;
+        std::fs::write(dir.path().join("shape.txt"), format!("{most} {h} {w}"))?;
+        std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
+        let (device, precision) = (args.device.to_string(), precision.to_string());
+        let mut started = Peer::start(args, "descriptor_torch.py", &[dir.path(), Path::new(&device), Path::new(&precision)])?;
+        // Once at every size: it chooses its form.
+        BATCHES.iter().try_for_each(|n| started.round_of(&n.to_string()).map(drop))?;
+        peer = Some(started);
+    }
+    let mut theirs_off = None;
+    if peer.is_some() {
+        let path = dir.path().join("descriptor.npy");
+        let m = structvpr::eval::read_matrix(&std::fs::read(&path).context("the peer left no descriptor.npy")?)?;
+        let all = ours.iter().flat_map(|d| d.as_slice());
+        let off = m.data.iter().zip(all).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+        ensure!(off <= 2.0 * f64::from(allowed), "the descriptor differs from PyTorch's in {precision} by {off:.1e}");
+        theirs_off = Some(off);
+    }
     for n in BATCHES {
         let one = || model.describe_batch(&images[..n]).map(drop).map_err(anyhow::Error::from);
-        let (mut times, _) = rounds(args.rounds, one, None)?;
+        let batch = n.to_string();
+        let (mut times, theirs) = turns(args.rounds, one, peer.as_mut().map(|p| || p.round_of(&batch)))?;
         let each = median(&mut times) / n as f64;
         let shares = model.cost().map(|(cost, limits)| {
             let product = if precision == Precision::F16 { limits.f16 } else { limits.f32 };
@@ -465,8 +508,10 @@ fn descriptor_on(args: &Args, reference: &Model, model: &Model) -> Result<Vec<Ro
         let mut check = format!("{:.0} images/s{}", 1.0 / each, shares.unwrap_or_default());
         if n == 1 {
             check += &format!(", largest difference from cpu f32 {worst:.1e}, {}", model.device_name());
+            check += &theirs_off.map(|off| format!(", from PyTorch {off:.1e}")).unwrap_or_default();
         }
-        rows.push(row(format!("descriptor {h}x{w} {precision} {} x{n}", args.device), times, None, Some(check)));
+        let what = format!("descriptor {h}x{w} {precision} {} x{n}", args.device);
+        rows.push(row(what, times, theirs.map(|t| ("PyTorch", t)), Some(check)));
     }
     Ok(rows)
 }
@@ -693,7 +738,12 @@ impl Peer {
 
     /// One round; seconds.
     fn round(&mut self) -> Result<f64> {
-        writeln!(self.input, "run")?;
+        self.round_of("run")
+    }
+
+    /// One round of what the peer's script calls `what`; seconds.
+    fn round_of(&mut self, what: &str) -> Result<f64> {
+        writeln!(self.input, "{what}")?;
         self.input.flush()?;
         let line = self.line()?;
         line.parse().with_context(|| format!("the peer said `{line}`"))
