@@ -9,6 +9,7 @@ use opencv::imgcodecs;
 use rand::seq::SliceRandom;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -56,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
         for street in args.streets[0]..args.streets[0] + args.streets[1] {
             let world = World::new(street);
             let places = (world.route.length() / args.spacing) as u64;
-            for place in 0..places {
+            let one = |place: u64| -> Result<(String, String)> {
                 let mut rng = ChaCha8Rng::seed_from_u64(street << 32 | place << 8 | condition as u64);
                 let view = View::near(&mut rng, place as f64 * args.spacing, condition);
                 let frame = view.render(&renderer, &world);
@@ -68,6 +69,11 @@ pub fn run(args: &Args) -> Result<()> {
                 write_map(&dir.join("depth").join(&file), &millimetres, args.size[1])?;
                 let (p, heading) = world.route.at(view.s, view.lateral);
                 let at = format!("{:.3},{:.3},{:.3}", p.x + street as f64 * STREET_GAP, p.y, (heading + view.yaw).to_degrees());
+                Ok((file, at))
+            };
+            // A view's light is its own seed's: in any order the same files.
+            let made = (0..places).into_par_iter().map(one).collect::<Result<Vec<_>>>()?;
+            for (place, (file, at)) in (0..places).zip(made) {
                 let _ = writeln!(poses, "{file},{at}");
                 mixed.entry((street, place)).or_default().push(format!("{name}/images/{file},SIDE,{at}"));
                 total += 1;

@@ -250,8 +250,9 @@ impl Renderer {
     /// Weather in front of the lens, exposure, vignette, gamma, noise.
     fn expose(&self, linear: &[Rgb], condition: &Condition, seed: u64) -> RgbImage {
         let luma = |c: &Rgb| 0.299 * c.x + 0.587 * c.y + 0.114 * c.z;
-        let mean =
-            linear.par_iter().with_min_len(4096).map(|c| f64::from(luma(c).min(1.5).powf(1.0 / 2.2))).sum::<f64>() / linear.len() as f64;
+        let bright = |part: &[Rgb]| part.iter().map(|c| f64::from(luma(c).min(1.5).powf(1.0 / 2.2))).sum::<f64>();
+        // Parts of one size, summed in their order: the same image whatever else the threads do.
+        let mean = linear.par_chunks(4096).map(bright).collect::<Vec<_>>().iter().sum::<f64>() / linear.len() as f64;
         let gain = (condition.exposure_target / mean.max(1e-3) as f32).powf(2.2).clamp(0.3, 12.0);
         let (w, h) = (self.lens.width as usize, self.lens.height as usize);
         let mut data = vec![0u8; linear.len() * 3];
