@@ -126,14 +126,14 @@ impl<T: Real> Branch<T> {
         let weights = if train { self.weights.as_tensor().clone() } else { self.weights.as_detached_tensor() };
         let power = if train { self.power.as_tensor().clone() } else { self.power.as_detached_tensor() };
         let flat = image.apply_op2(&weights, op)?;
-        let (mut taps, mut pooled, mut at) = (Vec::new(), Vec::new(), 0);
-        for tap in self.trunk.taps((height, width)) {
+        let sizes = self.trunk.taps((height, width));
+        let (mut taps, mut at) = (Vec::new(), 0);
+        for tap in &sizes {
             let n = tap.channels * images * tap.height * tap.width;
-            let map = flat.narrow(0, at, n)?.reshape((tap.channels, images, tap.height, tap.width))?;
+            taps.push(flat.narrow(0, at, n)?.reshape((tap.channels, images, tap.height, tap.width))?);
             at += n;
-            pooled.push(l2_normalize(&gem(&map, &power)?)?);
-            taps.push(map);
         }
+        let pooled = op::gem_taps(&flat, &power, &sizes, images)?.iter().map(l2_normalize).collect::<Result<Vec<_>>>()?;
         let descriptor = l2_normalize(&Tensor::cat(&pooled, 1)?)?;
         Ok(Features { taps, pooled, descriptor })
     }

@@ -2,9 +2,10 @@
 
 use super::gpu::{self, Gpu};
 use super::real::Real;
-use super::trunk::{Mode, Pool, Saved, Trunk};
-use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use super::trunk::{Mode, Pool, Saved, Tap, Trunk};
+use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -17,6 +18,16 @@ fn slice<'a, T: Real>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Res
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => bail!("{op}: arguments must be contiguous"),
+    }
+}
+
+/// Calls `f` with a tensor's values where they lie, which are copied only if they are not in order.
+fn with_values<T: Real, R>(op: &str, t: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
+    let t = t.contiguous()?;
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(s) => f(slice::<T>(op, s, layout)?),
+        _ => bail!("{op}: its values are on the processor"),
     }
 }
 
@@ -107,12 +118,16 @@ impl<T: Real> CustomOp2 for TrunkOp<T> {
         let Some(saved) = lock(&self.saved).take() else {
             bail!("trunk: a gradient was asked of a pass that was not one of training, or twice of one pass")
         };
-        let grad = grad.contiguous()?;
+        let n = self.trunk.weights;
         let out = match (&saved, &self.gpu) {
-            (Kept::There(kept), Some(gpu)) => Tensor::new(gpu.backward(&self.trunk, kept, &grad.to_vec1::<f32>()?)?, weights.device())?,
+            (Kept::There(kept), Some(gpu)) => {
+                let out = with_values("trunk", grad, |grad: &[f32]| gpu.backward(&self.trunk, kept, grad))?;
+                Tensor::from_vec(out, n, weights.device())?
+            }
             (Kept::Here(kept), _) => {
-                let out = self.trunk.backward(&weights.to_vec1::<T>()?, kept, &grad.to_vec1::<T>()?, &mut lock(&self.pool));
-                Tensor::new(out, weights.device())?
+                let back = |weights: &[T], grad: &[T]| Ok(self.trunk.backward(weights, kept, grad, &mut lock(&self.pool)));
+                let out = with_values("trunk", weights, |weights| with_values("trunk", grad, |grad| back(weights, grad)))?;
+                Tensor::from_vec(out, n, weights.device())?
             }
             (Kept::There(_), None) => bail!("trunk: a pass on a GPU that is gone"),
         };
@@ -124,53 +139,92 @@ impl<T: Real> CustomOp2 for TrunkOp<T> {
 /// Smallest value that GeM raises to its power; taps are linear, so negative values occur.
 const EPS: f64 = structvpr::model::GEM_EPS;
 
-struct Gem;
+/// GeM over planes that lie one behind the other, in runs of one length.
+struct Gem {
+    runs: Vec<Run>,
+}
+
+/// Planes of one length.
+#[derive(Clone, Copy)]
+struct Run {
+    planes: usize,
+    length: usize,
+}
+
+impl Gem {
+    /// Of each run: a plane's length, where its values lie, and where its planes' means do.
+    fn places(&self) -> impl Iterator<Item = (usize, Range<usize>, Range<usize>)> + '_ {
+        let (mut values, mut planes) = (0, 0);
+        self.runs.iter().map(move |run| {
+            (values, planes) = (values + run.planes * run.length, planes + run.planes);
+            (run.length, values - run.planes * run.length..values, planes - run.planes..planes)
+        })
+    }
+}
 
 /// Generalised mean over each plane of C x N x H x W, with gradients for the map and the power `p` (one value): N x C.
 pub fn gem(x: &Tensor, p: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op2(p, Gem)?.t()?.contiguous()
+    let (c, n, h, w) = x.dims4()?;
+    let op = Gem { runs: vec![Run { planes: c * n, length: h * w }] };
+    x.contiguous()?.flatten_all()?.apply_op2(p, op)?.reshape((c, n))?.t()?.contiguous()
 }
 
-/// `mean(max(x, eps)^p)` of a plane.
-fn power_mean<T: Real>(plane: &[T], p: T) -> T {
-    let (eps, three) = (T::of(EPS), p == T::of(3.0));
-    let mut sum = T::ZERO;
-    for x in plane {
-        let x = if *x < eps { eps } else { *x };
-        sum += if three { x * x * x } else { x.power(p) };
+/// The same of each tap of a trunk's flat output for `images` images. One op, so that their gradient is written once.
+pub(super) fn gem_taps(flat: &Tensor, p: &Tensor, taps: &[Tap], images: usize) -> Result<Vec<Tensor>> {
+    let runs = taps.iter().map(|t| Run { planes: t.channels * images, length: t.height * t.width }).collect();
+    let means = flat.apply_op2(p, Gem { runs })?;
+    let mut at = 0;
+    let one = |tap: &Tap| {
+        let n = tap.channels * images;
+        at += n;
+        means.narrow(0, at - n, n)?.reshape((tap.channels, images))?.t()?.contiguous()
+    };
+    taps.iter().map(one).collect()
+}
+
+/// `max(x, eps)^p`.
+fn powered<T: Real>(x: T, p: T) -> T {
+    let x = if x < T::of(EPS) { T::of(EPS) } else { x };
+    if p == T::of(3.0) {
+        x * x * x
+    } else {
+        x.power(p)
     }
-    sum / T::of(plane.len() as f64)
 }
 
 fn gem_forward<T: Real>(x: &[T], p: T, plane: usize) -> Vec<T> {
-    x.par_chunks(plane).map(|plane| power_mean(plane, p).power(T::ONE / p)).collect()
+    let mean = |plane: &[T]| plane.iter().fold(T::ZERO, |sum, x| sum + powered(*x, p)) / T::of(plane.len() as f64);
+    x.par_chunks(plane.max(1)).map(|plane| mean(plane).power(T::ONE / p)).collect()
 }
 
-/// Gradients of the map and of `p`.
-fn gem_backward<T: Real>(x: &[T], p: T, grad: &[T], plane: usize) -> (Vec<T>, T) {
-    let (eps, three) = (T::of(EPS), p == T::of(3.0));
-    let mut dx = vec![T::ZERO; x.len()];
+/// Gradients of the map, put to `dx`, and of `p`.
+fn gem_backward<T: Real>(x: &[T], p: T, grad: &[T], plane: usize, dx: &mut [T]) -> T {
+    let eps = T::of(EPS);
     let dp: Vec<T> = dx
-        .par_chunks_mut(plane)
-        .zip(x.par_chunks(plane))
+        .par_chunks_mut(plane.max(1))
+        .zip(x.par_chunks(plane.max(1)))
         .zip(grad)
         .map(|((dx, x), g)| {
             let n = T::of(x.len() as f64);
-            let mean = power_mean(x, p);
+            let mut sum = T::ZERO;
+            for (d, x) in dx.iter_mut().zip(x) {
+                *d = powered(*x, p);
+                sum += *d;
+            }
+            let mean = sum / n;
             let y = mean.power(T::ONE / p);
             // dy/dx = y^(1 - p) x^(p - 1) / n
             let scale = *g * y / (mean * n);
             let mut weighted = T::ZERO;
             for (d, x) in dx.iter_mut().zip(x) {
                 let (floor, v) = (*x < eps, if *x < eps { eps } else { *x });
-                let powered = if three { v * v * v } else { v.power(p) };
-                weighted += powered * v.log();
-                *d = if floor { T::ZERO } else { scale * powered / v };
+                weighted += *d * v.log();
+                *d = if floor { T::ZERO } else { scale * *d / v };
             }
             *g * y * (weighted / (n * mean * p) - mean.log() / (p * p))
         })
         .collect();
-    (dx, dp.into_iter().fold(T::ZERO, |s, v| s + v))
+    dp.into_iter().fold(T::ZERO, |s, v| s + v)
 }
 
 impl CustomOp2 for Gem {
@@ -179,26 +233,33 @@ impl CustomOp2 for Gem {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (c, n, h, w) = l1.shape().dims4()?;
+        fn all<T: Real>(op: &Gem, x: &[T], p: T) -> Vec<T> {
+            op.places().flat_map(|(length, values, _)| gem_forward(&x[values], p, length)).collect()
+        }
         let out = match s1 {
-            CpuStorage::F64(_) => {
-                CpuStorage::F64(gem_forward(slice::<f64>("gem", s1, l1)?, slice::<f64>("gem", s2, l2)?[0], (h * w).max(1)))
-            }
-            _ => CpuStorage::F32(gem_forward(slice::<f32>("gem", s1, l1)?, slice::<f32>("gem", s2, l2)?[0], (h * w).max(1))),
+            CpuStorage::F64(_) => CpuStorage::F64(all(self, slice::<f64>("gem", s1, l1)?, slice::<f64>("gem", s2, l2)?[0])),
+            _ => CpuStorage::F32(all(self, slice::<f32>("gem", s1, l1)?, slice::<f32>("gem", s2, l2)?[0])),
         };
-        Ok((out, (c, n).into()))
+        let planes: usize = self.runs.iter().map(|r| r.planes).sum();
+        Ok((out, planes.into()))
     }
 
     fn bwd(&self, x: &Tensor, p: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        fn both<T: Real>(x: &Tensor, p: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-            let (_, _, h, w) = x.dims4()?;
-            let values = x.flatten_all()?.to_vec1::<T>()?;
-            let (dx, dp) = gem_backward(&values, p.to_vec1::<T>()?[0], &grad.contiguous()?.flatten_all()?.to_vec1::<T>()?, (h * w).max(1));
+        fn both<T: Real>(op: &Gem, x: &Tensor, p: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+            let power = p.to_vec1::<T>()?[0];
+            let mut dx = vec![T::ZERO; x.elem_count()];
+            let mut all = |x: &[T], grad: &[T]| {
+                let one = |(length, values, planes): (usize, Range<usize>, Range<usize>)| {
+                    gem_backward(&x[values.clone()], power, &grad[planes], length, &mut dx[values])
+                };
+                Ok(op.places().map(one).fold(T::ZERO, |s, v| s + v))
+            };
+            let dp = with_values("gem", x, |x| with_values("gem", grad, |grad| all(x, grad)))?;
             Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), Some(Tensor::from_vec(vec![dp], 1, x.device())?)))
         }
         match x.dtype() {
-            candle_core::DType::F64 => both::<f64>(x, p, grad),
-            _ => both::<f32>(x, p, grad),
+            candle_core::DType::F64 => both::<f64>(self, x, p, grad),
+            _ => both::<f32>(self, x, p, grad),
         }
     }
 }
