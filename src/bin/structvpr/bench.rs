@@ -470,27 +470,8 @@ fn descriptor_on(args: &Args, reference: &Model, model: &Model) -> Result<Vec<Ro
     ensure!(worst <= allowed, "the descriptor on {} in {precision} differs from the processor's by {worst:.1e}", args.device);
     let mut rows = Vec::new();
     let dir = tempfile::tempdir()?;
-    let mut peer = None;
-    if args.peers {
-        let data = images.iter().flat_map(|i| i.data()).map(|v| f64::from(*v)).collect();
-        std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: most * h, cols: 3 * w, data }))?;
-        std::fs::write(dir.path().join("shape.txt"), format!("{most} {h} {w}"))?;
-        std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
-        let (device, precision) = (args.device.to_string(), precision.to_string());
-        let mut started = Peer::start(args, "descriptor_torch.py", &[dir.path(), Path::new(&device), Path::new(&precision)])?;
-        // Once at every size: it chooses its form.
-        BATCHES.iter().try_for_each(|n| started.round_of(&n.to_string()).map(drop))?;
-        peer = Some(started);
-    }
-    let mut theirs_off = None;
-    if peer.is_some() {
-        let path = dir.path().join("descriptor.npy");
-        let m = structvpr::eval::read_matrix(&std::fs::read(&path).context("the peer left no descriptor.npy")?)?;
-        let all = ours.iter().flat_map(|d| d.as_slice());
-        let off = m.data.iter().zip(all).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
-        ensure!(off <= 2.0 * f64::from(allowed), "the descriptor differs from PyTorch's in {precision} by {off:.1e}");
-        theirs_off = Some(off);
-    }
+    let peer = args.peers.then(|| gpu_peer(args, model, &images, &ours, 2.0 * f64::from(allowed), dir.path())).transpose()?;
+    let (mut peer, off) = peer.unzip();
     for n in BATCHES {
         let one = || model.describe_batch(&images[..n]).map(drop).map_err(anyhow::Error::from);
         let batch = n.to_string();
@@ -508,12 +489,29 @@ fn descriptor_on(args: &Args, reference: &Model, model: &Model) -> Result<Vec<Ro
         let mut check = format!("{:.0} images/s{}", 1.0 / each, shares.unwrap_or_default());
         if n == 1 {
             check += &format!(", largest difference from cpu f32 {worst:.1e}, {}", model.device_name());
-            check += &theirs_off.map(|off| format!(", from PyTorch {off:.1e}")).unwrap_or_default();
+            check += &off.map(|off| format!(", from PyTorch {off:.1e}")).unwrap_or_default();
         }
         let what = format!("descriptor {h}x{w} {precision} {} x{n}", args.device);
         rows.push(row(what, times, theirs.map(|t| ("PyTorch", t)), Some(check)));
     }
     Ok(rows)
+}
+
+/// PyTorch on the same device, after it has chosen its form at every batch; and by how much its descriptors differ, `most` at most.
+fn gpu_peer(args: &Args, model: &Model, images: &[RgbImage], ours: &[Descriptor], most: f64, dir: &Path) -> Result<(Peer, f64)> {
+    let (n, w, h) = (images.len(), model.spec().input_width, model.spec().input_height);
+    let data = images.iter().flat_map(|i| i.data()).map(|v| f64::from(*v)).collect();
+    std::fs::write(dir.join("input.npy"), write_npy(&Matrix { rows: n * h, cols: 3 * w, data }))?;
+    std::fs::write(dir.join("shape.txt"), format!("{n} {h} {w}"))?;
+    std::fs::write(dir.join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
+    let (device, precision) = (args.device.to_string(), model.precision().to_string());
+    let mut peer = Peer::start(args, "descriptor_torch.py", &[dir, Path::new(&device), Path::new(&precision)])?;
+    BATCHES.iter().try_for_each(|n| peer.round_of(&n.to_string()).map(drop))?;
+    let theirs = structvpr::eval::read_matrix(&std::fs::read(dir.join("descriptor.npy")).context("the peer left no descriptor.npy")?)?;
+    let all = ours.iter().flat_map(|d| d.as_slice());
+    let off = theirs.data.iter().zip(all).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+    ensure!(off <= most, "the descriptor differs from PyTorch's in {precision} by {off:.1e}");
+    Ok((peer, off))
 }
 
 /// Keyframes of the map that [`pipeline`] looks through.

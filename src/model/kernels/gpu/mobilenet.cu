@@ -1,4 +1,4 @@
-// MobileNetV2's kernels on CUDA, channels last, in f32 or f16 (sums are f32 in both). [ours]
+// MobileNetV2's kernels on CUDA, channels last. Maps and sums are f32; what a product reads is T, f32 or f16. [ours]
 //
 // One work item per index, no shared memory, no barrier, so that the same text compiles as C++ and runs as a loop on a
 // machine without a GPU: that is how its tests run (gpu/tests.rs). NVRTC compiles it for the GPU at hand when a model is

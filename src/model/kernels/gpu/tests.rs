@@ -152,7 +152,9 @@ fn is_candles<M: Machine>(machine: impl Fn() -> M, (n, h, w): (usize, usize, usi
 #[test]
 fn another_size_another_layout_and_back_the_same_bytes() {
     let plan = network(Padding::Same).gpu_plan(Host::default(), true).unwrap();
-    sizes_and_places(&plan, 0.0);
+    let (alone, in_a_batch) = sizes_and_places(&plan);
+    // An image's place in a batch changes nothing.
+    assert_eq!(in_a_batch, alone);
     let run = |n: usize, h: usize, w: usize| {
         plan.pooled(&split(&pixels(7, n * h * w * 3), (h, w)), (h, w), &NORMALISE, Pooling::Average).unwrap()
     };
@@ -163,8 +165,8 @@ fn another_size_another_layout_and_back_the_same_bytes() {
     assert_eq!(plan.state.lock().unwrap().machine.memory.len(), blocks);
 }
 
-/// Sizes, poolings and normalisations in any order: the same bytes. In a batch an image is off by `most` of unit length.
-fn sizes_and_places<M: Machine>(plan: &GpuPlan<M>, most: f32) {
+/// Sizes, poolings and normalisations in any order: the same bytes. An image by itself, and as the last of a batch.
+fn sizes_and_places<M: Machine>(plan: &GpuPlan<M>) -> (Vec<f32>, Vec<f32>) {
     let run = |n: usize, h: usize, w: usize| {
         plan.pooled(&split(&pixels(7, n * h * w * 3), (h, w)), (h, w), &NORMALISE, Pooling::Average).unwrap()
     };
@@ -184,11 +186,10 @@ fn sizes_and_places<M: Machine>(plan: &GpuPlan<M>, most: f32) {
             assert_eq!((&with(n, *p), &with(n, *p), &with(n, *p)), (alone, alone, alone));
         }
     }
-    // An image's place in a batch changes nothing but, in another machine's products, the order of sums.
     let (one, three) = (pixels(3, 40 * 56 * 3), [pixels(1, 40 * 56 * 3), pixels(2, 40 * 56 * 3), pixels(3, 40 * 56 * 3)].concat());
     let alone = plan.pooled(&[&one], (40, 56), &NORMALISE, Pooling::Average).unwrap();
-    let last = &plan.pooled(&split(&three, (40, 56)), (40, 56), &NORMALISE, Pooling::Average).unwrap()[2 * DIM..];
-    assert!(worst(last, &alone) <= most, "{}", worst(last, &alone));
+    let mut all = plan.pooled(&split(&three, (40, 56)), (40, 56), &NORMALISE, Pooling::Average).unwrap();
+    (alone, all.split_off(2 * DIM))
 }
 
 #[test]
@@ -318,7 +319,10 @@ mod on_a_card {
         }
         for half in [false, true] {
             let plan = network(Padding::Same).gpu_plan(open(), half).unwrap();
-            sizes_and_places(&plan, if half { 1e-3 } else { 1e-6 });
+            let (alone, in_a_batch) = sizes_and_places(&plan);
+            // cuBLAS sums in another order at another size.
+            let off = worst(&in_a_batch, &alone);
+            assert!(off <= if half { 1e-3 } else { 1e-6 }, "{off}");
             assert!(plan.on_machine(|m| !m.recorded()), "the last size was asked for once");
             for _ in 0..3 {
                 plan.pooled(&[&pixels(7, 40 * 56 * 3)], (40, 56), &NORMALISE, Pooling::Average).unwrap();
