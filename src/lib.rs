@@ -60,6 +60,7 @@ pub mod rerank;
 pub mod ros;
 pub mod simd;
 pub mod sqlite;
+mod team;
 
 #[cfg(test)]
 mod test_noise;

@@ -1,4 +1,4 @@
-//! One safe kernel body, compiled for several instruction sets, chosen at run time; and memory and processors for kernels.
+//! One safe kernel body, compiled for several instruction sets, chosen at run time; and memory for kernels.
 
 /// The instruction set that a kernel body is compiled for; chosen once per call at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,80 +99,9 @@ pub(crate) fn zeroed(n: usize) -> Vec<f32> {
     values
 }
 
-/// Which processors the threads of one piece of work run on. A thread that sleeps is often woken on its waker's processor
-/// while another idles, and stays there for longer than a small network takes: measured, two threads then take as long
-/// as one.
-#[derive(Debug, Default)]
-pub(crate) struct Processors {
-    /// Of the first 64.
-    taken: std::sync::atomic::AtomicU64,
-}
-
-impl Processors {
-    /// Takes the processor that this thread runs on; if another thread of the work has it, this one moves to one that
-    /// none has, if there is and it may. Elsewhere than on Linux nothing happens.
-    pub fn take(&self) {
-        #[cfg(target_os = "linux")]
-        {
-            use std::sync::atomic::Ordering::Relaxed;
-            let bit = |at: i32| if (0..64).contains(&at) { 1u64 << at } else { 0 };
-            // SAFETY: takes nothing, returns a number.
-            let here = bit(unsafe { libc::sched_getcpu() });
-            let taken = self.taken.fetch_or(here, Relaxed);
-            if taken & here == 0 {
-                return;
-            }
-            let size = size_of::<libc::cpu_set_t>();
-            // SAFETY: a set of zeros is a set; both calls are given its size and are of this thread alone, and what was
-            // allowed before is allowed again at the end.
-            unsafe {
-                let mut allowed: libc::cpu_set_t = std::mem::zeroed();
-                if libc::sched_getaffinity(0, size, &mut allowed) != 0 {
-                    return;
-                }
-                let mut free: libc::cpu_set_t = std::mem::zeroed();
-                let mut any = false;
-                for cpu in (0..64usize).filter(|c| taken >> c & 1 == 0 && libc::CPU_ISSET(*c, &allowed)) {
-                    libc::CPU_SET(cpu, &mut free);
-                    any = true;
-                }
-                if any && libc::sched_setaffinity(0, size, &free) == 0 {
-                    self.taken.fetch_or(bit(libc::sched_getcpu()), Relaxed);
-                    libc::sched_setaffinity(0, size, &allowed);
-                }
-            }
-        }
-    }
-}
-
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::*;
-
-    fn allowed() -> Vec<usize> {
-        // SAFETY: a set of zeros is a set, and the call is given its size.
-        unsafe {
-            let mut set: libc::cpu_set_t = std::mem::zeroed();
-            assert_eq!(libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set), 0);
-            (0..1024usize).filter(|c| libc::CPU_ISSET(*c, &set)).collect()
-        }
-    }
-
-    #[test]
-    fn threads_take_processors_of_their_own_and_may_use_all_again() {
-        let before = allowed();
-        let processors = Processors::default();
-        for _ in 0..2 {
-            std::thread::scope(|s| {
-                s.spawn(|| {
-                    processors.take();
-                    assert_eq!(allowed(), before);
-                });
-            });
-        }
-        let taken = processors.taken.load(std::sync::atomic::Ordering::Relaxed).count_ones() as usize;
-        assert_eq!(taken, before.iter().filter(|c| **c < 64).count().min(2));
-    }
 
     #[test]
     fn large_memory_is_zero() {

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::features::Features;
 use crate::model::kernels::Products;
 use crate::model::{LearnedMatcher, Side};
-use rayon::prelude::*;
+use crate::team::chunks;
 
 /// Two points that are each other's nearest.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -139,7 +139,10 @@ pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) ->
         }
         (of_query, best, by)
     };
-    let blocks = query.descriptors().par_chunks(ROWS * dim).enumerate().map(block).collect::<Vec<_>>();
+    let rows: Vec<_> = query.descriptors().chunks(ROWS * dim).enumerate().collect();
+    let mut blocks: Vec<Option<Block>> = rows.iter().map(|_| None).collect();
+    chunks(&mut blocks, 1, || (), |(), at, found| found.iter_mut().for_each(|found| *found = Some(block(rows[at]))));
+    let blocks: Vec<Block> = blocks.into_iter().flatten().collect();
     let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
     for (_, tops, rows) in &blocks {
         for r in 0..m {

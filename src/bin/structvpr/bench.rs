@@ -237,6 +237,8 @@ fn turns(
     mut peer: Option<impl FnMut() -> Result<f64>>,
 ) -> Result<(Vec<f64>, Option<Vec<f64>>)> {
     let (mut mine, mut theirs) = (Vec::new(), Vec::new());
+    // A peer that has just begun spins, too.
+    std::thread::sleep(PAUSE);
     while mine.len() < count {
         for i in 0..TURN {
             let began = Instant::now();

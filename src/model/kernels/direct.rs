@@ -5,8 +5,8 @@ use super::pointwise::{product, Packed};
 use super::{channels_last, contiguous, Activation, Isa};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
+use crate::team::chunks;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use rayon::prelude::*;
 use std::sync::Arc;
 
 /// A convolution with `kernel / 2` zeros around.
@@ -84,7 +84,7 @@ impl CustomOp1 for Op {
         let mut out = zeroed(n * h * w * outputs);
         if !out.is_empty() {
             for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
-                out.par_chunks_mut(w * outputs).enumerate().for_each_init(Scratch::default, |scratch, (y, out)| {
+                chunks(out, w * outputs, Scratch::default, |scratch, y, out| {
                     let Scratch { patches, output } = scratch;
                     let pixels = if kernel == 1 && stride == 1 {
                         &x[y * width * inputs..][..width * inputs]

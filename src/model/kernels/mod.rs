@@ -12,6 +12,7 @@ pub(super) mod gpu;
 mod int8;
 mod plan;
 mod pointwise;
+mod powers;
 mod rows;
 mod vector;
 mod winograd;

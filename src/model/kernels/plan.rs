@@ -12,11 +12,12 @@
 use super::aligned::Aligned;
 use super::int8::{encode, panel8, Codes, Packed8};
 use super::pointwise::{padded, panel, Packed, Pixels};
+use super::powers::add_powers;
 use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
 use super::vector::Vector;
-use super::{Activation, Isa, Pad};
-use crate::model::{Pooling, GEM_EPS};
-use crate::simd::Processors;
+use super::{dispatch, Activation, Isa, Pad};
+use crate::model::Pooling;
+use crate::team::team;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -126,7 +127,7 @@ impl Plan {
     /// Deterministic whatever the number of threads. Panics: `image` is of another size.
     pub fn pooled(&self, image: &[f32], height: usize, width: usize, pooling: Pooling) -> Vec<Vec<f32>> {
         self.run(image, height, width, |space| {
-            let of = |tap: &Tap| pool(&space.buffers[tap.buffer].values()[..tap.pixels * tap.stride], tap, pooling);
+            let of = |tap: &Tap| pool(self.isa, &space.buffers[tap.buffer].values()[..tap.pixels * tap.stride], tap, pooling);
             space.layout.taps.iter().map(of).collect()
         })
     }
@@ -191,28 +192,8 @@ impl Plan {
             (_, false) => work_portable::<false>(&shared, scratch),
             (_, true) => work_portable::<true>(&shared, scratch),
         };
-        match scratch.as_mut_slice() {
-            [] => {}
-            [own] => work(own.values_mut()),
-            // The caller works too: one thread less to wake.
-            [own, others @ ..] => {
-                let (processors, caller) = (Processors::default(), std::thread::current().id());
-                processors.take();
-                rayon::in_place_scope(|s| {
-                    for other in others {
-                        s.spawn(|_| {
-                            // Where all are busy, as in a loop over images, the caller itself comes to this at the end.
-                            let late = shared.next.load(Ordering::Relaxed) >= layout.tasks.len();
-                            if !late && std::thread::current().id() != caller {
-                                processors.take();
-                            }
-                            work(other.values_mut());
-                        });
-                    }
-                    work(own.values_mut());
-                })
-            }
-        }
+        let more = || shared.next.load(Ordering::Relaxed) < layout.tasks.len();
+        team(scratch, &more, &|scratch| work(scratch.values_mut()));
     }
 }
 
@@ -788,19 +769,14 @@ unsafe fn deepen<'a, V: Vector>(
 }
 
 /// One value per channel. Sums of 64 pixels are added up, so that f32 suffices.
-fn pool(values: &[f32], tap: &Tap, pooling: Pooling) -> Vec<f32> {
+fn pool(isa: Isa, values: &[f32], tap: &Tap, pooling: Pooling) -> Vec<f32> {
     let mut sums = vec![0f32; tap.stride];
     let mut part = vec![0f32; tap.stride];
     for pixels in values.chunks(64 * tap.stride) {
         part.fill(0.0);
-        for pixel in pixels.chunks_exact(tap.stride) {
-            let pairs = part.iter_mut().zip(pixel);
-            let floor = |v: f32| if v < GEM_EPS as f32 { GEM_EPS as f32 } else { v };
-            match pooling {
-                Pooling::Average => pairs.for_each(|(s, v)| *s += v),
-                Pooling::Gem { p: 3.0 } => pairs.for_each(|(s, v)| *s += floor(*v) * floor(*v) * floor(*v)),
-                Pooling::Gem { p } => pairs.for_each(|(s, v)| *s += floor(*v).powf(p as f32)),
-            }
+        {
+            let part = &mut part[..];
+            dispatch!(isa, add_powers(pixels: &[f32], part: &mut [f32], pooling: Pooling));
         }
         sums.iter_mut().zip(&part).for_each(|(s, p)| *s += p);
     }
@@ -1089,7 +1065,7 @@ mod tests {
         let map = candle_core::Tensor::from_vec(map, (1, 33, 10, 15), &candle_core::Device::Cpu).unwrap();
         for pooling in [Pooling::Average, Pooling::Gem { p: 3.0 }, Pooling::Gem { p: 1.0 }, Pooling::Gem { p: 4.5 }] {
             let want = pooling.pool(&map).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let got = pool(&values, &tap, pooling);
+            let got = pool(Isa::detect(), &values, &tap, pooling);
             assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 2e-5), "{pooling:?}");
         }
     }

@@ -11,8 +11,8 @@ use super::vector::Vector;
 use super::{channels_last, contiguous, Activation, Isa};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
+use crate::team::chunks;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Transformed values of a tile.
@@ -145,7 +145,7 @@ impl CustomOp1 for Op {
         if !out.is_empty() {
             for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
                 let image = Image { x, height, width, channels: inputs, window: Window { y: 0, x: 0, pitch: width } };
-                out.par_chunks_mut(4 / scale * w * outputs).enumerate().for_each_init(Scratch::default, |scratch, (row, out)| {
+                chunks(out, 4 / scale * w * outputs, Scratch::default, |scratch, row, out| {
                     scratch.fit(self);
                     match self.packed.isa {
                         // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
