@@ -1,6 +1,6 @@
 //! The few layers that networks for local features are made of, batch norm folded.
 
-use super::kernels::{Activation, Conv, Conv3x3};
+use super::kernels::{Activation, Conv, Conv3x3, Map};
 use crate::error::{Error, Result};
 use candle_core::{Tensor, D};
 use rayon::prelude::*;
@@ -53,6 +53,21 @@ impl Layer {
         Ok(Some(Self { conv: Kernel::Three(conv.after(&weight, &bias)?), ..self.clone() }))
     }
 
+    /// [`Self::forward`] of one image, into memory that is there.
+    pub fn run(&self, x: &Map, out: &mut Map) -> Result<()> {
+        match &self.conv {
+            Kernel::Three(conv) => conv.run(x, self.activation, self.pool, out),
+            Kernel::Any(conv) if !self.pool => conv.run(x, self.activation, out),
+            Kernel::Any(conv) => {
+                let mut whole = Map::default();
+                conv.run(x, self.activation, &mut whole)?;
+                out.fit(whole.height / 2, whole.width / 2, whole.channels);
+                largest_of_four(&whole.values, [1, whole.channels, whole.height, whole.width], &mut out.values);
+                Ok(())
+            }
+        }
+    }
+
     /// 1 x I x H x W to 1 x O x H' x W'.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match &self.conv {
@@ -80,6 +95,13 @@ pub(super) fn max_pool2(x: &Tensor) -> Result<Tensor> {
     let (data, [n, c, height, width]) = pixels(x)?;
     let (h, w) = (height / 2, width / 2);
     let mut out = vec![0f32; n * h * w * c];
+    largest_of_four(&data, [n, c, height, width], &mut out);
+    Ok(Tensor::from_vec(out, (n, h, w, c), x.device())?.permute((0, 3, 1, 2))?)
+}
+
+/// Of a map N x H x W x C of these N, C, H, W.
+fn largest_of_four(data: &[f32], [_, c, height, width]: [usize; 4], out: &mut [f32]) {
+    let (h, w) = (height / 2, width / 2);
     if !out.is_empty() {
         out.par_chunks_mut(w * c).enumerate().for_each(|(row, out)| {
             let top = (row / h * height + row % h * 2) * width * c;
@@ -93,7 +115,6 @@ pub(super) fn max_pool2(x: &Tensor) -> Result<Tensor> {
             }
         });
     }
-    Ok(Tensor::from_vec(out, (n, h, w, c), x.device())?.permute((0, 3, 1, 2))?)
 }
 
 /// The channels of both, one after the other.

@@ -65,6 +65,12 @@ fn superpoint_agrees_with_pytorch_layer_by_layer() {
     let net = SuperPoint::vgg(&weights.tensors).unwrap();
     let mut all = net.encode(&small_input()).unwrap();
     let dense = net.dense(&small_input()).unwrap();
+    // Layer by layer and in kept memory, and in memory that has served another size before.
+    let by_layers = net.detect(all.last().unwrap()).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    net.dense(&Tensor::zeros((1, 1, 64, 40), DType::F32, &Device::Cpu).unwrap()).unwrap();
+    for dense in [&dense, &net.dense(&small_input()).unwrap()] {
+        assert!(dense.logits.flatten_all().unwrap().to_vec1::<f32>().unwrap() == by_layers);
+    }
     all.extend([dense.logits.clone(), dense.descriptors.clone()]);
     let theirs = golden(include_bytes!("../../tests/golden/superpoint_vgg.npy"));
     assert!(worst(&samples(&all), &theirs) < 1e-4, "{}", worst(&samples(&all), &theirs));

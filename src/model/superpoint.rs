@@ -4,11 +4,13 @@
 //!
 //! Magic Leap's own weights are for non-commercial use; we ship none.
 
-use super::kernels::Activation;
+use super::kernels::{Activation, Map};
 use super::layers::{join_channels, max_pool2, Layer};
 use crate::error::Result;
+use crate::team::chunks;
 use candle_core::{Tensor, D};
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 /// Channels of a descriptor.
 pub const DESCRIPTOR: usize = 256;
@@ -97,7 +99,18 @@ pub struct SuperPoint {
     detector: [Layer; 2],
     /// `None`: a detector alone (MagicPoint).
     descriptor: Option<[Layer; 2]>,
+    /// What earlier images were worked on in.
+    spaces: Mutex<Vec<Space>>,
 }
+
+/// Maps that layers read and write in turn.
+#[derive(Debug, Default)]
+struct Space {
+    maps: [Map; 2],
+}
+
+/// Spaces kept: images of a robot are worked on one after the other, and each is tens of megabytes.
+const SPACES: usize = 2;
 
 impl SuperPoint {
     /// The VGG network from folded tensors by the original names; without the descriptor's, a detector.
@@ -106,7 +119,7 @@ impl SuperPoint {
         let layers = layers.collect::<Result<Vec<_>>>()?;
         let stem = layers[1].after(tensors, VGG[0].0)?;
         let descriptor = tensors.contains_key("convDa.weight").then(|| head(tensors, "convDa", "convDb")).transpose()?;
-        Ok(Self { encoder: Encoder::Vgg(layers), stem, detector: head(tensors, "convPa", "convPb")?, descriptor })
+        Ok(Self { encoder: Encoder::Vgg(layers), stem, detector: head(tensors, "convPa", "convPb")?, descriptor, spaces: Mutex::default() })
     }
 
     /// The squeeze network.
@@ -128,6 +141,7 @@ impl SuperPoint {
             stem: both,
             detector: head(tensors, "convPa", "convPb")?,
             descriptor: Some(head(tensors, "convDa", "convDb")?),
+            spaces: Mutex::default(),
         })
     }
 
@@ -185,6 +199,15 @@ impl SuperPoint {
 
     /// Logits and unit descriptors of every cell; zero descriptors where the network has none.
     pub fn dense(&self, x: &Tensor) -> Result<Dense> {
+        if let Encoder::Vgg(layers) = &self.encoder {
+            let mut space = self.spaces.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+            let dense = self.dense_in(layers, x, &mut space);
+            let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+            if spaces.len() < SPACES {
+                spaces.push(space);
+            }
+            return dense;
+        }
         let encoded = self.encode_last(x)?;
         let logits = self.detect(&encoded)?;
         let descriptors = match &self.descriptor {
@@ -192,6 +215,41 @@ impl SuperPoint {
             None => logits.narrow(0, 0, 1)?.zeros_like()?,
         };
         Ok(Dense { logits, descriptors, reliability: None })
+    }
+}
+
+impl SuperPoint {
+    fn dense_in(&self, layers: &[Layer], x: &Tensor, space: &mut Space) -> Result<Dense> {
+        let (_, channels, height, width) = x.dims4()?;
+        let image = Map { values: x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?, height, width, channels };
+        let [a, b] = &mut space.maps;
+        let from = match &self.stem {
+            Some(stem) => stem.run(&image, a).map(|()| 2)?,
+            None => layers[0].run(&image, a).map(|()| 1)?,
+        };
+        for layer in &layers[from..] {
+            layer.run(a, b)?;
+            std::mem::swap(a, b);
+        }
+        let tensor = |map: Map| -> Result<Tensor> {
+            Ok(Tensor::from_vec(map.values, (map.height, map.width, map.channels), x.device())?.permute((2, 0, 1))?)
+        };
+        let mut head = |[first, last]: &[Layer; 2]| -> Result<Map> {
+            let mut out = Map::default();
+            first.run(a, b)?;
+            last.run(b, &mut out)?;
+            Ok(out)
+        };
+        let logits = head(&self.detector)?;
+        let descriptors = match &self.descriptor {
+            Some(layers) => {
+                let mut map = head(layers)?;
+                unit_cells(&mut map.values, map.channels);
+                tensor(map)?
+            }
+            None => Tensor::zeros((1, logits.height, logits.width), x.dtype(), x.device())?,
+        };
+        Ok(Dense { logits: tensor(logits)?, descriptors, reliability: None })
     }
 }
 
@@ -203,11 +261,26 @@ fn head(tensors: &BTreeMap<String, Tensor>, first: &str, last: &str) -> Result<[
 pub(super) fn unit_columns(x: &Tensor) -> Result<Tensor> {
     let (c, h, w) = x.dims3()?;
     let mut cells = x.permute((1, 2, 0))?.flatten_all()?.to_vec1::<f32>()?;
-    for cell in cells.chunks_exact_mut(c.max(1)) {
-        let norm = cell.iter().map(|v| v * v).sum::<f32>().sqrt().max(1e-12);
-        cell.iter_mut().for_each(|v| *v /= norm);
-    }
+    unit_cells(&mut cells, c);
     Ok(Tensor::from_vec(cells, (h, w, c), x.device())?.permute((2, 0, 1))?)
+}
+
+/// Every `channels` values at unit length.
+fn unit_cells(values: &mut [f32], channels: usize) {
+    const LANES: usize = 16;
+    let together = 256 * channels.max(1);
+    let scale = |(): &mut (), _: usize, cells: &mut [f32]| {
+        for cell in cells.chunks_exact_mut(channels.max(1)) {
+            // Sums side by side, which the compiler makes a vector of.
+            let mut sums = [0f32; LANES];
+            for part in cell.chunks(LANES) {
+                sums.iter_mut().zip(part).for_each(|(s, v)| *s += v * v);
+            }
+            let norm = sums.iter().sum::<f32>().sqrt().max(1e-12);
+            cell.iter_mut().for_each(|v| *v /= norm);
+        }
+    };
+    chunks(values, together, || (), scale);
 }
 
 /// Mean over the last two axes.

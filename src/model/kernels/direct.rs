@@ -2,7 +2,7 @@
 //! Inference only.
 
 use super::pointwise::{product, Packed};
-use super::{channels_last, contiguous, Activation, Isa};
+use super::{channels_last, contiguous, Activation, Isa, Map};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
 use crate::team::chunks;
@@ -51,6 +51,18 @@ impl Conv {
         let y = channels_last(x)?.apply_op1_no_bwd(&Op { weights: self.weights.clone(), activation })?;
         Ok(y.permute((0, 3, 1, 2))?)
     }
+
+    /// [`Self::forward`] of one image, into memory that is there.
+    ///
+    /// Errors: another number of channels.
+    pub fn run(&self, x: &Map, activation: Activation, out: &mut Map) -> Result<()> {
+        let op = Op { weights: self.weights.clone(), activation };
+        op.check(x.channels)?;
+        let (height, width) = op.size(x.height, x.width);
+        out.fit(height, width, self.weights.outputs);
+        op.image(&x.values, (x.height, x.width), &mut out.values);
+        Ok(())
+    }
 }
 
 struct Op {
@@ -73,36 +85,13 @@ impl CustomOp1 for Op {
     /// N x H x W x I to N x H' x W' x O.
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (n, height, width, inputs) = layout.shape().dims4()?;
-        let Patches { kernel, stride, outputs, .. } = *self.weights;
-        if inputs != self.weights.inputs {
-            candle_core::bail!("conv: {inputs} input channels, the weights have {}", self.weights.inputs);
-        }
+        self.check(inputs)?;
         let x = contiguous(self.name(), storage, layout)?;
-        // An odd kernel with half of it around.
-        let along = |n: usize| if n == 0 { 0 } else { (n - 1) / stride + 1 };
-        let (h, w) = (along(height), along(width));
+        let ((h, w), outputs) = (self.size(height, width), self.weights.outputs);
         let mut out = zeroed(n * h * w * outputs);
         if !out.is_empty() {
             for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
-                chunks(out, w * outputs, Scratch::default, |scratch, y, out| {
-                    let Scratch { patches, output } = scratch;
-                    let pixels = if kernel == 1 && stride == 1 {
-                        &x[y * width * inputs..][..width * inputs]
-                    } else {
-                        patches.resize(w * self.weights.packed.inputs, 0.0);
-                        self.gather(x, (height, width), y, patches);
-                        &patches[..]
-                    };
-                    if outputs == self.weights.packed.outputs {
-                        product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, out);
-                    } else {
-                        output.resize(w * self.weights.packed.outputs, 0.0);
-                        product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, output);
-                        for (to, from) in out.chunks_exact_mut(outputs).zip(output.chunks_exact(self.weights.packed.outputs)) {
-                            to.copy_from_slice(&from[..outputs]);
-                        }
-                    }
-                });
+                self.image(x, (height, width), out);
             }
         }
         Ok((CpuStorage::F32(out), Shape::from((n, h, w, outputs))))
@@ -110,6 +99,47 @@ impl CustomOp1 for Op {
 }
 
 impl Op {
+    fn check(&self, inputs: usize) -> candle_core::Result<()> {
+        if inputs != self.weights.inputs {
+            candle_core::bail!("conv: {inputs} input channels, the weights have {}", self.weights.inputs);
+        }
+        Ok(())
+    }
+
+    /// Height and width of the output: an odd kernel with half of it around.
+    fn size(&self, height: usize, width: usize) -> (usize, usize) {
+        let along = |n: usize| if n == 0 { 0 } else { (n - 1) / self.weights.stride + 1 };
+        (along(height), along(width))
+    }
+
+    /// Of one image, every value of `out`.
+    fn image(&self, x: &[f32], (height, width): (usize, usize), out: &mut [f32]) {
+        let Patches { kernel, stride, inputs, outputs, .. } = *self.weights;
+        let (_, w) = self.size(height, width);
+        if out.is_empty() {
+            return;
+        }
+        chunks(out, w * outputs, Scratch::default, |scratch, y, out| {
+            let Scratch { patches, output } = scratch;
+            let pixels = if kernel == 1 && stride == 1 {
+                &x[y * width * inputs..][..width * inputs]
+            } else {
+                patches.resize(w * self.weights.packed.inputs, 0.0);
+                self.gather(x, (height, width), y, patches);
+                &patches[..]
+            };
+            if outputs == self.weights.packed.outputs {
+                product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, out);
+            } else {
+                output.resize(w * self.weights.packed.outputs, 0.0);
+                product(&self.weights.packed, self.weights.isa, self.activation, pixels, w, output);
+                for (to, from) in out.chunks_exact_mut(outputs).zip(output.chunks_exact(self.weights.packed.outputs)) {
+                    to.copy_from_slice(&from[..outputs]);
+                }
+            }
+        });
+    }
+
     /// The patches of output row `y`.
     fn gather(&self, x: &[f32], (height, width): (usize, usize), y: usize, patches: &mut [f32]) {
         let Patches { kernel, stride, inputs, .. } = *self.weights;

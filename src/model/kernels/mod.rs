@@ -102,6 +102,32 @@ pub(crate) fn contiguous<'a>(
     }
 }
 
+/// A map, channels side by side, in memory that serves one image after the other: the maps of a large one are tens of megabytes, which
+/// the system hands out page by page.
+#[derive(Debug, Default)]
+pub struct Map {
+    /// H x W x C.
+    pub values: Vec<f32>,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+    /// Channels.
+    pub channels: usize,
+}
+
+impl Map {
+    /// Of this size; what the values are is left open.
+    pub(super) fn fit(&mut self, height: usize, width: usize, channels: usize) {
+        let n = height * width * channels;
+        if self.values.capacity() < n {
+            self.values = crate::simd::zeroed(n);
+        }
+        self.values.resize(n, 0.0);
+        (self.height, self.width, self.channels) = (height, width, channels);
+    }
+}
+
 /// N x C x H x W as contiguous N x H x W x C; no copy where it lies so already.
 fn channels_last(x: &candle_core::Tensor) -> candle_core::Result<candle_core::Tensor> {
     x.permute((0, 2, 3, 1))?.contiguous()

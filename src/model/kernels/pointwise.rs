@@ -78,6 +78,12 @@ impl Packed {
     pub fn panels(&self) -> usize {
         self.panels.len()
     }
+
+    /// One panel, its weights and its biases.
+    pub fn panel(&self, at: usize) -> (Panel, &[f32], &[f32]) {
+        let panel @ Panel { unit, units, weights } = self.panels[at];
+        (panel, &self.weights.values()[weights..][..self.inputs * units * UNIT], &self.bias[unit * UNIT..][..units * UNIT])
+    }
 }
 
 /// Pixels of a matrix: values between one pixel and the next.
@@ -102,13 +108,11 @@ pub(super) unsafe fn panel<V: Vector>(
     activation: Activation,
     out: &mut [f32],
 ) {
-    let Panel { unit, units, weights } = packed.panels[panel];
+    let (Panel { unit, units, .. }, weights, bias) = packed.panel(panel);
     let first = unit * UNIT;
     assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + packed.inputs, "pointwise: input");
     assert!(out.len() >= pixels * packed.outputs, "pointwise: output");
     assert!(residual.is_none_or(|r| r.stride >= packed.outputs && r.data.len() >= pixels * r.stride), "pointwise: residual");
-    let weights = &packed.weights.values()[weights..][..packed.inputs * units * UNIT];
-    let bias = &packed.bias[first..][..units * UNIT];
     let call = Call {
         inputs: packed.inputs,
         x: x.data.as_ptr(),

@@ -18,6 +18,8 @@ pub(super) trait Vector: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
+    /// Asks for what will be loaded; where that is not said, nothing happens. `from` may be any address.
+    unsafe fn prefetch(from: *const f32);
     /// `self * a + b`.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// The larger of the two; NaN where either is.
@@ -81,6 +83,11 @@ mod x86 {
                 unsafe fn add(self, other: Self) -> Self {
                     // SAFETY: the trait's contract.
                     unsafe { $add(self, other) }
+                }
+                #[inline(always)]
+                unsafe fn prefetch(from: *const f32) {
+                    // SAFETY: the trait's contract.
+                    unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn fma(self, a: Self, b: Self) -> Self {
@@ -258,6 +265,8 @@ impl Vector for [f32; 4] {
     unsafe fn add(self, other: Self) -> Self {
         std::array::from_fn(|l| self[l] + other[l])
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
     #[inline(always)]
     unsafe fn fma(self, a: Self, b: Self) -> Self {
         std::array::from_fn(|l| crate::simd::fma::<{ cfg!(target_arch = "aarch64") }>(self[l], a[l], b[l]))

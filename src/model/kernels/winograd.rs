@@ -6,9 +6,9 @@
 //! channels are transformed back while they are in the cache.
 
 use super::aligned::Aligned;
-use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
+use super::pointwise::{activate, panel, Packed, Panel, Pixels, Tile, UNIT};
 use super::vector::Vector;
-use super::{channels_last, contiguous, Activation, Isa};
+use super::{channels_last, contiguous, Activation, Isa, Map};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
 use crate::team::chunks;
@@ -19,6 +19,8 @@ use std::sync::Arc;
 const PLANES: usize = 36;
 /// Tiles of a run at most: whole tiles of the matrix product's kernels, and few enough for the second-level cache.
 const RUN: usize = 24;
+/// Pixels from what is loaded to what is asked for: maps of large images come from memory.
+const AHEAD: usize = 8;
 /// Units of output channels that are transformed back together.
 const GROUP: usize = 4;
 
@@ -100,8 +102,24 @@ impl Conv3x3 {
     ///
     /// `x`: N x I x H x W f32. Returns N x O x H x W, halved with `pool`, channels last in memory.
     pub fn forward(&self, x: &Tensor, activation: Activation, pool: bool) -> Result<Tensor> {
-        let y = channels_last(x)?.apply_op1_no_bwd(&Op { packed: self.packed.clone(), before: self.before.clone(), activation, pool })?;
+        let y = channels_last(x)?.apply_op1_no_bwd(&self.op(activation, pool))?;
         Ok(y.permute((0, 3, 1, 2))?)
+    }
+
+    /// [`Self::forward`] of one image, into memory that is there.
+    ///
+    /// Errors: another number of channels.
+    pub fn run(&self, x: &Map, activation: Activation, pool: bool, out: &mut Map) -> Result<()> {
+        let op = self.op(activation, pool);
+        op.check(x.channels)?;
+        let scale = if pool { 2 } else { 1 };
+        out.fit(x.height / scale, x.width / scale, self.packed.outputs);
+        op.image(&x.values, (x.height, x.width), &mut out.values);
+        Ok(())
+    }
+
+    fn op(&self, activation: Activation, pool: bool) -> Op {
+        Op { packed: self.packed.clone(), before: self.before.clone(), activation, pool }
     }
 }
 
@@ -134,33 +152,49 @@ impl CustomOp1 for Op {
     /// N x H x W x I to N x H x W x O.
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (n, height, width, inputs) = layout.shape().dims4()?;
-        let wanted = if self.before.is_some() { 1 } else { self.packed.inputs };
-        if inputs != wanted {
-            candle_core::bail!("conv3x3: {inputs} input channels, the weights have {wanted}");
-        }
+        self.check(inputs)?;
         let x = contiguous(self.name(), storage, layout)?;
         let scale = if self.pool { 2 } else { 1 };
         let (h, w, outputs) = (height / scale, width / scale, self.packed.outputs);
         let mut out = zeroed(n * h * w * outputs);
         if !out.is_empty() {
             for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
-                let image = Image { x, height, width, channels: inputs, window: Window { y: 0, x: 0, pitch: width } };
-                chunks(out, 4 / scale * w * outputs, Scratch::default, |scratch, row, out| {
-                    scratch.fit(self);
-                    match self.packed.isa {
-                        // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
-                        #[cfg(target_arch = "x86_64")]
-                        Isa::Avx512 => unsafe { tile_row_avx512(self, image, row, scratch, out) },
-                        // SAFETY: as above.
-                        #[cfg(target_arch = "x86_64")]
-                        Isa::Avx2 => unsafe { tile_row_avx2(self, image, row, scratch, out) },
-                        // SAFETY: plain arrays need no instruction set.
-                        _ => unsafe { tile_row::<[f32; 4]>(self, image, row, scratch, out) },
-                    }
-                });
+                self.image(x, (height, width), out);
             }
         }
         Ok((CpuStorage::F32(out), Shape::from((n, h, w, outputs))))
+    }
+}
+
+impl Op {
+    fn check(&self, inputs: usize) -> candle_core::Result<()> {
+        let wanted = if self.before.is_some() { 1 } else { self.packed.inputs };
+        if inputs != wanted {
+            candle_core::bail!("conv3x3: {inputs} input channels, the weights have {wanted}");
+        }
+        Ok(())
+    }
+
+    /// Of one image, every value of `out`.
+    fn image(&self, x: &[f32], (height, width): (usize, usize), out: &mut [f32]) {
+        let (scale, channels) = (if self.pool { 2 } else { 1 }, if self.before.is_some() { 1 } else { self.packed.inputs });
+        if out.is_empty() {
+            return;
+        }
+        let image = Image { x, height, width, channels, window: Window { y: 0, x: 0, pitch: width } };
+        chunks(out, 4 / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
+            scratch.fit(self);
+            match self.packed.isa {
+                // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => unsafe { tile_row_avx512(self, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => unsafe { tile_row_avx2(self, image, row, scratch, out) },
+                // SAFETY: plain arrays need no instruction set.
+                _ => unsafe { tile_row::<[f32; 4]>(self, image, row, scratch, out) },
+            }
+        });
     }
 }
 
@@ -199,9 +233,9 @@ struct Scratch {
     /// Plane, tile, output channel of the group.
     product: Aligned<f32>,
     zeros: Vec<f32>,
-    /// What the convolution before gives for a run, and its patches.
+    /// What the convolution before gives for a run, and what that sees.
     window: Aligned<f32>,
-    patches: Vec<f32>,
+    seen: Vec<f32>,
 }
 
 /// Pixels of a run's input along a row.
@@ -212,7 +246,7 @@ impl Scratch {
         let inputs = op.packed.inputs;
         if op.before.is_some() {
             self.window.fit(6 * ACROSS * inputs);
-            self.patches.resize(ACROSS * 9, 0.0);
+            self.seen.resize(8 * (ACROSS + 2), 0.0);
         }
         self.input.fit(PLANES * pitch(inputs));
         self.product.fit(PLANES * pitch(GROUP * UNIT));
@@ -243,7 +277,7 @@ unsafe fn tile_row_avx2(op: &Op, image: Image, row: usize, scratch: &mut Scratch
 unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     let inputs = op.packed.inputs;
     let tiles = image.width.div_ceil(4);
-    let Scratch { input, product, zeros, window, patches } = scratch;
+    let Scratch { input, product, zeros, window, seen } = scratch;
     let (input, product, window) = (input.values_mut(), product.values_mut(), window.values_mut());
     let mut first = 0;
     while first < tiles {
@@ -251,7 +285,7 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
         // SAFETY: the instruction set by the caller's promise.
         unsafe {
             let source = match &op.before {
-                Some(before) => before_run::<V>(before, image, (4 * row, 4 * first, 4 * n), patches, window),
+                Some(before) => before_run::<V>(before, image, (4 * row, 4 * first, 4 * n), seen, window),
                 None => image,
             };
             for t in 0..n {
@@ -285,27 +319,111 @@ unsafe fn before_run<'a, V: Vector>(
     packed: &Packed,
     plane: Image,
     (y, x, across): (usize, usize, usize),
-    patches: &mut [f32],
+    seen: &mut [f32],
     window: &'a mut [f32],
 ) -> Image<'a> {
     let (top, left) = (y.saturating_sub(1), x.saturating_sub(1));
     let (bottom, right) = ((y + 5).min(plane.height), (x + across + 1).min(plane.width));
     let (channels, pitch) = (packed.outputs, right - left);
-    for (at, sy) in (top..bottom).enumerate() {
-        for (patch, sx) in patches.chunks_exact_mut(9).zip(left..right) {
-            for (k, value) in patch.iter_mut().enumerate() {
-                let (py, px) = ((sy + k / 3).wrapping_sub(1), (sx + k % 3).wrapping_sub(1));
-                *value = if py < plane.height && px < plane.width { plane.at(py, px)[0] } else { 0.0 };
-            }
+    // What of the plane is seen, with zeros around it.
+    let row = pitch + 2;
+    for (at, line) in seen.chunks_exact_mut(row).take(bottom - top + 2).enumerate() {
+        line.fill(0.0);
+        let sy = (top + at).wrapping_sub(1);
+        if sy < plane.height {
+            let (from, to) = (left.saturating_sub(1), (right + 1).min(plane.width));
+            line[from + 1 - left..][..to - from].copy_from_slice(&plane.at(sy, from)[..to - from]);
         }
-        let pixels = Pixels { data: &patches[..9 * pitch], stride: 9 };
-        let out = &mut window[at * pitch * channels..][..pitch * channels];
+    }
+    for at in 0..bottom - top {
+        let (seen, out) = (&seen[at * row..][..3 * row], &mut window[at * pitch * channels..][..pitch * channels]);
         for p in 0..packed.panels() {
-            // SAFETY: the caller's promise.
-            unsafe { panel::<V>(packed, p, pitch, pixels, None, Activation::Relu, out) }
+            let (Panel { unit, units, .. }, weights, bias) = packed.panel(p);
+            assert!(packed.inputs == 9 && bias.len() >= units * UNIT && weights.len() >= 9 * units * UNIT, "conv3x3: first weights");
+            let call = Plane {
+                x: seen.as_ptr(),
+                row,
+                weights: weights.as_ptr(),
+                bias: bias.as_ptr(),
+                out: out[unit * UNIT..].as_mut_ptr(),
+                channels,
+            };
+            // SAFETY: the caller's promise; the assertion; `seen` has three rows of two values more than there are pixels, and `out`
+            // all channels of as many.
+            unsafe { call.panel::<V>(units, pitch) }
         }
     }
     Image { x: window, height: plane.height, width: plane.width, channels, window: Window { y: top, x: left, pitch } }
+}
+
+/// A 3x3 over one plane with ReLU: a matrix product whose patches are not gathered.
+#[derive(Clone, Copy)]
+struct Plane {
+    x: *const f32,
+    /// Values from one row to the next.
+    row: usize,
+    weights: *const f32,
+    bias: *const f32,
+    out: *mut f32,
+    channels: usize,
+}
+
+impl Tile for Plane {
+    #[inline(always)]
+    unsafe fn from(self, pixel: usize) -> Self {
+        // SAFETY: the pixel is within the slices.
+        unsafe { Self { x: self.x.add(pixel), out: self.out.add(pixel * self.channels), ..self } }
+    }
+
+    #[inline(always)]
+    unsafe fn by_eight<V: Vector>(self, pixels: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.pixels::<V, 6, 2>(pixels) }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
+            for v in 0..VECTORS {
+                let bias = V::load(self.bias.add(v * V::LANES));
+                for row in &mut sums {
+                    row[v] = bias;
+                }
+            }
+            let mut weights = self.weights;
+            for y in 0..3 {
+                for x in 0..3 {
+                    let from = self.x.add(y * self.row + x);
+                    let mut w = [V::splat(0.0); VECTORS];
+                    for (v, w) in w.iter_mut().enumerate() {
+                        *w = V::load(weights.add(v * V::LANES));
+                    }
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let x = V::splat(*from.add(r));
+                        for (sum, w) in row.iter_mut().zip(w) {
+                            *sum = x.fma(w, *sum);
+                        }
+                    }
+                    weights = weights.add(VECTORS * V::LANES);
+                }
+            }
+            for (r, row) in sums.into_iter().enumerate() {
+                for (v, sum) in row.into_iter().enumerate() {
+                    activate(sum, Activation::Relu).store(self.out.add(r * self.channels + v * V::LANES));
+                }
+            }
+        }
+    }
+}
+
+/// The body once for each number, which it then knows.
+macro_rules! unrolled {
+    ($i:ident in $($n:literal)* $body:block) => {$({
+        const $i: usize = $n;
+        $body
+    })*};
 }
 
 /// `a - b`.
@@ -374,23 +492,40 @@ unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: u
         }
     }
     for c in (0..inputs).step_by(V::LANES) {
+        // The pixels of the tile after the next; one that is not there costs nothing.
+        for row in pixels.chunks_exact(6) {
+            for pixel in &row[2..] {
+                // SAFETY: nothing is read.
+                unsafe { V::prefetch(pixel.wrapping_add(AHEAD * inputs + c)) };
+            }
+        }
         // SAFETY: each pixel has `inputs` values behind its pointer, a multiple of the lanes; the planes of tile `t` are
         // within `out` by the assertion.
         unsafe {
             let mut columns = [[V::splat(0.0); 6]; 6];
-            for (j, column) in columns.iter_mut().enumerate() {
-                let mut d = [V::splat(0.0); 6];
-                for (i, d) in d.iter_mut().enumerate() {
-                    *d = V::load(pixels[6 * i + j].add(c));
-                }
-                *column = forwards(d);
-            }
-            for i in 0..6 {
-                let [a, b, c0, d, e, f] = columns;
-                for (j, v) in forwards([a[i], b[i], c0[i], d[i], e[i], f[i]]).into_iter().enumerate() {
-                    v.store(out.as_mut_ptr().add((6 * i + j) * pitch(inputs) + t * inputs + c));
-                }
-            }
+            // Numbers that the compiler knows: a loop that it does not unroll keeps the columns in memory.
+            unrolled!(J in 0 1 2 3 4 5 {
+                columns[J] = forwards([
+                    V::load(pixels[J].add(c)),
+                    V::load(pixels[6 + J].add(c)),
+                    V::load(pixels[12 + J].add(c)),
+                    V::load(pixels[18 + J].add(c)),
+                    V::load(pixels[24 + J].add(c)),
+                    V::load(pixels[30 + J].add(c)),
+                ]);
+            });
+            let to = out.as_mut_ptr().add(t * inputs + c);
+            let plane = pitch(inputs);
+            unrolled!(I in 0 1 2 3 4 5 {
+                let [a, b, d, e, f, g] =
+                    forwards([columns[0][I], columns[1][I], columns[2][I], columns[3][I], columns[4][I], columns[5][I]]);
+                a.store(to.add((6 * I) * plane));
+                b.store(to.add((6 * I + 1) * plane));
+                d.store(to.add((6 * I + 2) * plane));
+                e.store(to.add((6 * I + 3) * plane));
+                f.store(to.add((6 * I + 4) * plane));
+                g.store(to.add((6 * I + 5) * plane));
+            });
         }
     }
 }
@@ -431,20 +566,29 @@ unsafe fn transform_output<V: Vector>(
         unsafe {
             let bias = V::load(op.packed.bias.as_ptr().add(first + c));
             let mut columns = [[V::splat(0.0); 4]; 6];
-            for (j, column) in columns.iter_mut().enumerate() {
-                let mut m = [V::splat(0.0); 6];
-                for (i, m) in m.iter_mut().enumerate() {
-                    *m = V::load(product.as_ptr().add((6 * i + j) * pitch(channels) + t * channels + c));
-                }
-                *column = backwards(m);
-            }
+            let from = product.as_ptr().add(t * channels + c);
+            let plane = pitch(channels);
+            unrolled!(J in 0 1 2 3 4 5 {
+                columns[J] = backwards([
+                    V::load(from.add(J * plane)),
+                    V::load(from.add((6 + J) * plane)),
+                    V::load(from.add((12 + J) * plane)),
+                    V::load(from.add((18 + J) * plane)),
+                    V::load(from.add((24 + J) * plane)),
+                    V::load(from.add((30 + J) * plane)),
+                ]);
+            });
             let mut tile = [[V::splat(0.0); 4]; 4];
-            for (i, line) in tile.iter_mut().enumerate() {
-                let [a, b, c, d, e, f] = columns;
-                for (to, v) in line.iter_mut().zip(backwards([a[i], b[i], c[i], d[i], e[i], f[i]])) {
-                    *to = activate(v.add(bias), op.activation);
-                }
-            }
+            unrolled!(I in 0 1 2 3 {
+                let [a, b, d, e] =
+                    backwards([columns[0][I], columns[1][I], columns[2][I], columns[3][I], columns[4][I], columns[5][I]]);
+                tile[I] = [
+                    activate(a.add(bias), op.activation),
+                    activate(b.add(bias), op.activation),
+                    activate(d.add(bias), op.activation),
+                    activate(e.add(bias), op.activation),
+                ];
+            });
             if op.pool {
                 for i in 0..2 {
                     for j in 0..2 {
