@@ -102,15 +102,17 @@ pub(super) enum Network {
 }
 
 impl Network {
+    /// `pictures`: what a network in 8 bits is fitted to, 1 x 3 x H x W each.
+    ///
     /// Errors: a device that is not there, or does not compute in `precision`.
-    pub fn new(network: &MobileNetV2, device: ComputeDevice, precision: Precision) -> Result<Self> {
+    pub fn new(network: &MobileNetV2, device: ComputeDevice, precision: Precision, pictures: &[candle_core::Tensor]) -> Result<Self> {
         let refused = |reason: String| Err(Error::Device { reason });
         match (device, precision) {
             (ComputeDevice::Cpu, Precision::F16) => {
                 refused("the cpu computes in f32 or int8; f16 wants --device cuda:0 (model.device)".into())
             }
             (ComputeDevice::Cuda(n), Precision::Int8) => refused(format!("cuda:{n} computes in f32 or f16; int8 is for the cpu")),
-            (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan(precision == Precision::Int8)?)),
+            (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan((precision == Precision::Int8).then_some(pictures))?)),
             #[cfg(feature = "cuda")]
             (ComputeDevice::Cuda(n), _) => {
                 use super::kernels::gpu::{Cuda, KERNELS};

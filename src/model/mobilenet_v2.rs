@@ -146,6 +146,11 @@ struct Block {
 
 impl Block {
     fn forward(&self, x: &Tensor, padding: Padding) -> Result<Tensor> {
+        self.forward_seen(x, padding, |_| Ok(()))
+    }
+
+    /// `seen` is shown what is projected.
+    fn forward_seen(&self, x: &Tensor, padding: Padding, seen: impl FnOnce(&Tensor) -> Result<()>) -> Result<Tensor> {
         let expanded = match &self.expand {
             Some(conv) => conv.pointwise(x, Activation::Relu6)?,
             None => x.clone(),
@@ -154,6 +159,7 @@ impl Block {
         let pad = padding.of(h, w, self.stride);
         let Conv { weight, bias } = &self.depthwise;
         let y = depthwise3x3(&expanded, weight, bias, self.stride, pad, Activation::Relu6)?;
+        seen(&y)?;
         let y = self.project.pointwise(&y, Activation::None)?;
         if self.residual {
             y + x
@@ -171,25 +177,52 @@ pub struct MobileNetV2 {
     padding: Padding,
 }
 
+/// Means of the channels that a block's expansion and its projection see.
+type Means = (Vec<f32>, Vec<f32>);
+
 fn values(t: &Tensor) -> Result<Vec<f32>> {
     t.flatten_all()?.to_vec1::<f32>()
 }
 
 impl MobileNetV2 {
     /// The same network for inference alone: no gradients, batch of one, several times as fast; with `int8` the 1x1
-    /// convolutions compute in 8 bits.
-    pub fn plan(&self, int8: bool) -> Result<Plan> {
-        self.folded(|stem, blocks, pads| Plan::new(int8, stem, blocks, pads))
+    /// convolutions compute in 8 bits, fitted to those pictures, 1 x 3 x H x W each.
+    pub fn plan(&self, int8: Option<&[Tensor]>) -> Result<Plan> {
+        let means = int8.map(|pictures| self.means(pictures)).transpose()?.unwrap_or_default();
+        self.folded(&means, |stem, blocks, pads| Plan::new(int8.is_some(), stem, blocks, pads))
+    }
+
+    /// Of every block, the mean of each channel that its 1x1 convolutions see.
+    fn means(&self, pictures: &[Tensor]) -> Result<Vec<Means>> {
+        let mut all: Vec<Means> = vec![Default::default(); self.blocks.len()];
+        let add = |sums: &mut Vec<f32>, x: &Tensor| -> Result<()> {
+            let mean = x.mean((0, 2, 3))?.to_vec1::<f32>()?;
+            sums.resize(mean.len(), 0.0);
+            sums.iter_mut().zip(mean).for_each(|(s, m)| *s += m / pictures.len() as f32);
+            Ok(())
+        };
+        for picture in pictures {
+            let mut x = self.stem.stem(picture, self.padding)?;
+            for (block, (expand, project)) in self.blocks.iter().zip(&mut all) {
+                add(expand, &x)?;
+                x = block.forward_seen(&x, self.padding, |deep| add(project, deep))?;
+            }
+        }
+        // Coarse, so that processors whose sums differ in the last bits get the same network.
+        let coarse = |v: &mut f32| *v = (*v * 1024.0).round() / 1024.0;
+        all.iter_mut().flat_map(|(a, b)| a.iter_mut().chain(b)).for_each(coarse);
+        Ok(all)
     }
 
     /// The same for a GPU, in f32 or f16.
     #[cfg(any(test, feature = "cuda"))]
     pub(super) fn gpu_plan<M: Machine>(&self, machine: M, half: bool) -> crate::error::Result<GpuPlan<M>> {
-        self.folded(|stem, blocks, pads| GpuPlan::new(machine, half, stem, blocks, pads))?
+        self.folded(&[], |stem, blocks, pads| GpuPlan::new(machine, half, stem, blocks, pads))?
     }
 
-    /// Calls `f` with the stem's weight and bias, the blocks, and the border of a 3x3 at height, width and stride.
-    fn folded<T>(&self, f: impl FnOnce((&[f32], &[f32]), &[PlanBlock], fn(usize, usize, usize) -> Pad) -> T) -> Result<T> {
+    /// Calls `f` with the stem's weight and bias, the blocks, and the border of a 3x3 at height, width and stride. `means` are of
+    /// every block, or none.
+    fn folded<T>(&self, means: &[Means], f: impl FnOnce((&[f32], &[f32]), &[PlanBlock], fn(usize, usize, usize) -> Pad) -> T) -> Result<T> {
         let pads = match self.padding {
             Padding::Symmetric => |h, w, s| Padding::Symmetric.of(h, w, s),
             Padding::Same => |h, w, s| Padding::Same.of(h, w, s),
@@ -212,6 +245,8 @@ impl MobileNetV2 {
                 stride: block.stride,
                 residual: block.residual,
                 tap: TAPS.contains(&(at + 1)),
+                expand_sees: means.get(at).map_or(&[], |m| &m.0),
+                project_sees: means.get(at).map_or(&[], |m| &m.1),
             });
         }
         Ok(f(slices(&both(&self.stem)?), &blocks, pads))

@@ -36,6 +36,10 @@ pub struct PlanBlock<'a> {
     pub residual: bool,
     /// Whether the output is tapped.
     pub tap: bool,
+    /// Mean of each channel that the expansion sees, for 8 bits; empty: nothing is known.
+    pub expand_sees: &'a [f32],
+    /// The same of the projection.
+    pub project_sees: &'a [f32],
 }
 
 #[derive(Debug)]
@@ -102,18 +106,18 @@ impl Plan {
     fn on(isa: Isa, int8: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
         let isa = if int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
-        let pack = |(weight, bias): (&[f32], &[f32]), signed| {
+        let pack = |(weight, bias): (&[f32], &[f32]), means: &[f32], signed| {
             let inputs = weight.len() / bias.len().max(1);
             if int8 {
-                Pointwise::Int8(Packed8::new(weight, bias, inputs, signed, isa))
+                Pointwise::Int8(Packed8::new(weight, bias, means, signed, isa))
             } else {
                 Pointwise::F32(Packed::new(weight, bias, inputs, isa))
             }
         };
         let block = |b: &PlanBlock| Block {
-            expand: b.expand.map(|e| pack(e, true)),
+            expand: b.expand.map(|e| pack(e, b.expand_sees, true)),
             depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1),
-            project: pack(b.project, false),
+            project: pack(b.project, b.project_sees, false),
             outputs: b.project.1.len(),
             stride: b.stride,
             residual: b.residual,
@@ -886,6 +890,8 @@ mod tests {
                     stride: self.strides[at],
                     residual: self.residual(at),
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
+                    expand_sees: &[],
+                    project_sees: &[],
                 });
             }
             Plan::on(isa, int8, slices(&self.stem), &blocks, pads)
