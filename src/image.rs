@@ -4,6 +4,7 @@
 //! and a PNG reader in safe Rust decode; OpenCV demosaics, resizes and undistorts. OpenCV's own decoders would load a hundred
 //! libraries (GDAL, GDCM, ...) into every process, and feed them untrusted bytes.
 
+mod area;
 mod glance;
 
 pub use glance::Glance;
@@ -142,6 +143,13 @@ impl RgbImage {
                 raw.data.len()
             )));
         }
+        if let Layout::Channels(3, [2, 1, 0]) = layout {
+            let mut data = vec![0; row * rows];
+            for (to, from) in data.chunks_exact_mut(row).zip(raw.data.chunks(step)) {
+                area::reversed(&from[..row], to);
+            }
+            return Self::new(raw.width, raw.height, data);
+        }
         let mut tight = Vec::with_capacity(row * rows);
         match layout {
             Layout::Nv24 => {
@@ -214,6 +222,13 @@ impl RgbImage {
         check_size(width.into(), height.into())?;
         if (width, height) == (self.width, self.height) {
             return Ok(self.clone());
+        }
+        // Cameras' sizes are whole multiples of networks', mostly.
+        let (w, h) = ((self.width / width) as usize, (self.height / height) as usize);
+        if (width as usize * w, height as usize * h) == (self.width as usize, self.height as usize) {
+            if let Some(data) = area::shrink(&self.data, self.width as usize, w, h) {
+                return Self::new(width, height, data);
+            }
         }
         let size = Size::new(width as i32, height as i32);
         let out = self.converted(|image, out| imgproc::resize(image, out, size, 0.0, 0.0, imgproc::INTER_AREA))?;
@@ -299,22 +314,17 @@ impl RgbImage {
 
     /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image.
     pub fn luma_stats(&self) -> (f32, f32) {
-        let (mut sum, mut squares) = (0u64, 0u64);
-        // Sums of so many squares fit 32 bits, which the compiler makes vectors of.
-        for part in self.data.chunks(3 * 16_384) {
-            let (mut a, mut b) = (0u32, 0u32);
-            for p in part.chunks_exact(3) {
-                // Rec. 601 in 1/256.
-                let y = (77 * u32::from(p[0]) + 150 * u32::from(p[1]) + 29 * u32::from(p[2])) >> 8;
-                a += y;
-                b += y * y;
-            }
-            sum += u64::from(a);
-            squares += u64::from(b);
-        }
+        let (sum, squares) = area::luma_sums(&self.data);
         let n = (self.data.len() / 3).max(1) as f64;
         let mean = sum as f64 / n;
         (mean as f32, (squares as f64 / n - mean * mean).max(0.0).sqrt() as f32)
+    }
+
+    /// Three planes of f32, red first: each value times `scale` plus `shift` of its channel.
+    pub fn planes(&self, scale: [f32; 3], shift: [f32; 3]) -> Vec<f32> {
+        let mut planes = vec![0f32; self.data.len()];
+        area::planes(&self.data, scale, shift, &mut planes);
+        planes
     }
 
     /// What [`Glance`] compares.
@@ -515,17 +525,13 @@ impl Layout {
         }
     }
 
-    fn to_rgb(self, mut tight: Vec<u8>, width: usize, height: usize, big_endian: bool) -> Result<Vec<u8>> {
+    fn to_rgb(self, tight: Vec<u8>, width: usize, height: usize, big_endian: bool) -> Result<Vec<u8>> {
         let convert = |tight: &[u8], rows: usize, channels: i32, code: i32| -> Result<Vec<u8>> {
             let out = converted(rows as u32, tight, channels, |image, out| imgproc::cvt_color_def(image, out, code))?;
             Ok(out.data_bytes()?.to_vec())
         };
         match self {
             Self::Channels(3, [0, 1, 2]) => Ok(tight),
-            Self::Channels(3, [2, 1, 0]) => {
-                tight.chunks_exact_mut(3).for_each(|p| p.swap(0, 2));
-                Ok(tight)
-            }
             Self::Channels(n, order) => Ok(rgb_of(&tight, n, |p| order.map(|c| p[c]))),
             Self::Mono16 => {
                 let high = usize::from(!big_endian);

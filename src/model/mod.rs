@@ -209,16 +209,7 @@ impl Model {
     /// Three planes.
     fn normalised(&self, image: &RgbImage) -> Vec<f32> {
         let (scale, shift) = self.normalisation();
-        let area = image.data().len() / 3;
-        let mut planes = vec![0f32; 3 * area];
-        let (red, rest) = planes.split_at_mut(area);
-        let (green, blue) = rest.split_at_mut(area);
-        for (((r, g), b), pixel) in red.iter_mut().zip(green).zip(blue).zip(image.data().chunks_exact(3)) {
-            *r = f32::from(pixel[0]) * scale[0] + shift[0];
-            *g = f32::from(pixel[1]) * scale[1] + shift[1];
-            *b = f32::from(pixel[2]) * scale[2] + shift[2];
-        }
-        planes
+        image.planes(scale, shift)
     }
 
     /// Resizes by area to the model's input and normalises: 1 x 3 x H x W.
