@@ -7,9 +7,9 @@ use crate::error::Result;
 use crate::image::RgbImage;
 
 /// Columns and rows.
-const SIZE: (usize, usize) = (320, 240);
+const SIZE: (usize, usize) = (160, 120);
 /// Leaves of a picture.
-const LEAVES: usize = 1500;
+const LEAVES: usize = 600;
 
 /// Splitmix64.
 struct Random(u64);
@@ -30,7 +30,7 @@ impl Random {
     }
 }
 
-/// The `n`th picture, 320 x 240; always the same.
+/// The `n`th picture, 160 x 120; always the same.
 pub(super) fn picture(n: u64) -> Result<RgbImage> {
     let mut random = Random(n.wrapping_mul(0x2545_f491_4f6c_dd1d));
     let (width, height) = SIZE;

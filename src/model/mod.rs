@@ -47,8 +47,8 @@ use std::borrow::Cow;
 /// The model in the repository: what the commands use when none is given.
 const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-street-v3.safetensors");
 
-/// Pictures that a network in 8 bits is shown: of eight it learns as much as of four, of two little less.
-const PICTURES: u64 = 4;
+/// Pictures that a network in 8 bits is shown: more, or larger ones, teach it nothing more.
+const PICTURES: u64 = 8;
 
 /// A loaded model: network, preprocessing and identity.
 #[derive(Debug)]
