@@ -17,6 +17,8 @@ pub(crate) fn team<T: Send>(members: &mut [T], more: &(dyn Fn() -> bool + Sync),
         // The caller works too: one thread less to wake.
         [own, others @ ..] => {
             let (caller, at_work) = (std::thread::current().id(), AtomicUsize::new(0));
+            // One of the pool's own threads may be another caller's helper, but not now.
+            let _own = rayon::current_thread_index().map(|_| Awake::new());
             let placed = place::place();
             if placed.known < others.len() {
                 // Nothing is known of those that have not helped yet.
@@ -33,12 +35,10 @@ pub(crate) fn team<T: Send>(members: &mut [T], more: &(dyn Fn() -> bool + Sync),
                             return;
                         }
                         at_work.fetch_add(1, Ordering::AcqRel);
-                        place::awake();
-                        let _leaves = Leaves(&at_work);
+                        let (_leaves, _own) = (Leaves(&at_work), Awake::new());
                         if more() {
                             work(other);
                         }
-                        place::sleeps();
                     });
                 }
                 work(own);
@@ -55,6 +55,22 @@ pub(crate) fn team<T: Send>(members: &mut [T], more: &(dyn Fn() -> bool + Sync),
 
 /// How often the helpers' end is looked for before the caller sleeps: some hundred microseconds.
 const LOOKS: usize = 10_000;
+
+/// While a thread of the pool works; also when that panics.
+struct Awake;
+
+impl Awake {
+    fn new() -> Self {
+        place::awake();
+        Self
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        place::sleeps();
+    }
+}
 
 /// Also when the work panics.
 struct Leaves<'a>(&'a AtomicUsize);
@@ -161,7 +177,7 @@ mod place {
         (0..libc::CPU_SETSIZE).contains(&cpu) && unsafe { libc::CPU_ISSET(cpu as usize, set) }
     }
 
-    /// A helper is awake.
+    /// This thread, of a pool, works.
     pub fn awake() {
         HELPER.with(|h| {
             h.working.store(true, Ordering::Relaxed);
@@ -169,7 +185,7 @@ mod place {
         });
     }
 
-    /// A helper has done its part, and will sleep.
+    /// It has done its part, and may sleep.
     pub fn sleeps() {
         HELPER.with(|h| {
             h.bound().allowed = allowed(h.thread);

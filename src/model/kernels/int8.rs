@@ -34,7 +34,7 @@ pub(super) struct Packed8 {
     /// Of every output channel: value of the weights' code 1.
     steps: Vec<f32>,
     bias: Vec<f32>,
-    /// Of every input channel: what its values are multiplied by before they are rounded, and its weights divided by.
+    /// Of every input channel: what its values are multiplied by before they are rounded, and its weights divided by; padding too.
     pub scales: Vec<f32>,
     /// Where sums begin: what takes the code of zero away.
     start: Vec<i32>,
@@ -90,14 +90,15 @@ impl Packed8 {
     }
 }
 
-/// Codes of pixels, which are not negative unless `SIGNED`, and each pixel's step. `codes` and `steps` are as long as there are values and pixels.
+/// Codes of pixels, and each pixel's step. `codes` and `steps` are as long as there are values and pixels. Values that are not `SIGNED`
+/// have been multiplied by `packed.scales` where they come from; the others are here.
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], scales: &[f32], codes: &mut [u8], steps: &mut [f32]) {
-    let channels = scales.len();
+pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], packed: &Packed8, codes: &mut [u8], steps: &mut [f32]) {
+    let (channels, scales) = (packed.inputs, &packed.scales[..packed.inputs]);
     assert!(channels.is_multiple_of(UNIT) && values.len() == channels * steps.len() && codes.len() == values.len(), "int8: pixels");
     for (pixel, step) in steps.iter_mut().enumerate() {
         // SAFETY: vectors at multiples of the lanes below `channels`, itself a multiple, of a pixel within the asserted lengths.
@@ -107,15 +108,16 @@ pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], scale
             let scales = scales.as_ptr();
             let mut largest = V::splat(f32::MIN_POSITIVE);
             for c in (0..channels).step_by(V::LANES) {
-                let value = V::load(from.add(c)).fma(V::load(scales.add(c)), V::splat(0.0));
-                largest = largest.at_least(value.magnitude());
+                let value = V::load(from.add(c));
+                let size = if SIGNED { value.fma(V::load(scales.add(c)), V::splat(0.0)).magnitude() } else { value };
+                largest = largest.at_least(size);
             }
             let largest = largest.highest();
             let (most, zero) = if SIGNED { (127.0, ZERO as f32) } else { (255.0, 0.0) };
             *step = largest / most;
             let (scale, zero) = (V::splat(most / largest), V::splat(zero));
             for c in (0..channels).step_by(V::LANES) {
-                let scale = scale.fma(V::load(scales.add(c)), V::splat(0.0));
+                let scale = if SIGNED { scale.fma(V::load(scales.add(c)), V::splat(0.0)) } else { scale };
                 V::load(from.add(c)).fma(scale, zero).store_u8(to.add(c));
             }
         }
@@ -270,9 +272,10 @@ mod tests {
         // SAFETY: the caller's promise.
         unsafe {
             if signed {
-                encode::<V, true>(values, &packed.scales, &mut codes, &mut steps);
+                encode::<V, true>(values, packed, &mut codes, &mut steps);
             } else {
-                encode::<V, false>(values, &packed.scales, &mut codes, &mut steps);
+                let scaled: Vec<f32> = values.iter().zip(packed.scales.iter().cycle()).map(|(v, s)| v * s).collect();
+                encode::<V, false>(&scaled, packed, &mut codes, &mut steps);
             }
             for p in 0..packed.panels() {
                 let x = Codes { codes: &codes, steps: &steps };

@@ -114,14 +114,21 @@ impl Plan {
                 Pointwise::F32(Packed::new(weight, bias, inputs, isa))
             }
         };
-        let block = |b: &PlanBlock| Block {
-            expand: b.expand.map(|e| pack(e, b.expand_sees, true)),
-            depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1),
-            project: pack(b.project, b.project_sees, false),
-            outputs: b.project.1.len(),
-            stride: b.stride,
-            residual: b.residual,
-            tap: b.tap,
+        let block = |b: &PlanBlock| {
+            let project = pack(b.project, b.project_sees, false);
+            let scales: &[f32] = match &project {
+                Pointwise::Int8(packed) => &packed.scales,
+                Pointwise::F32(_) => &[],
+            };
+            Block {
+                expand: b.expand.map(|e| pack(e, b.expand_sees, true)),
+                depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1, scales),
+                project,
+                outputs: b.project.1.len(),
+                stride: b.stride,
+                residual: b.residual,
+                tap: b.tap,
+            }
         };
         Self { isa, int8, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
     }
@@ -310,7 +317,7 @@ unsafe fn widen<V: Vector, const INT8: bool>(op: &Pointwise, x: &[f32], scratch:
             (Pointwise::Int8(packed), true) => {
                 let (steps, codes) = scratch.split_at_mut(pixels);
                 let codes = &mut as_bytes(codes)[..pixels * packed.inputs];
-                encode::<V, true>(&x[..pixels * packed.inputs], &packed.scales, codes, steps);
+                encode::<V, true>(&x[..pixels * packed.inputs], packed, codes, steps);
                 for p in 0..packed.panels() {
                     panel8::<V>(packed, p, pixels, Codes { codes, steps }, None, Activation::Relu6, out);
                 }
@@ -724,7 +731,7 @@ unsafe fn narrow<'a, V: Vector, const INT8: bool>(
             (Pointwise::Int8(packed), true) => {
                 let (steps, codes) = rest.split_at_mut(pixels);
                 let codes = &mut as_bytes(codes)[..pixels * hidden];
-                encode::<V, false>(x, &packed.scales, codes, steps);
+                encode::<V, false>(x, packed, codes, steps);
                 for p in 0..packed.panels() {
                     panel8::<V>(packed, p, pixels, Codes { codes, steps }, residual, Activation::None, out);
                 }

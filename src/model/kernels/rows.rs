@@ -9,18 +9,19 @@ use super::Activation;
 pub(super) struct Depthwise {
     /// Padded to whole units.
     pub channels: usize,
-    /// Nine taps, then the bias, each over all channels.
+    /// Nine taps, then the bias, then the most that an output is, each over all channels.
     weights: Vec<f32>,
 }
 
 impl Depthwise {
-    /// From `weights`, C x 9, and `bias`, C.
-    pub fn new(weights: &[f32], bias: &[f32]) -> Self {
+    /// From `weights`, C x 9, and `bias`, C. `scales`, above 0, are what each channel's output is multiplied by; empty: by nothing.
+    pub fn new(weights: &[f32], bias: &[f32], scales: &[f32]) -> Self {
         let channels = padded(bias.len());
-        let mut all = vec![0f32; 10 * channels];
+        let mut all = vec![0f32; 11 * channels];
         for (c, (taps, bias)) in weights.chunks_exact(9).zip(bias).enumerate() {
-            for (t, w) in taps.iter().chain([bias]).enumerate() {
-                all[t * channels + c] = *w;
+            let scale = scales.get(c).copied().unwrap_or(1.0);
+            for (t, w) in taps.iter().chain([bias, &6.0]).enumerate() {
+                all[t * channels + c] = w * scale;
             }
         }
         Self { channels, weights: all }
@@ -30,7 +31,7 @@ impl Depthwise {
 /// Rows of output that are computed together where there are so many: rows of input between them are loaded once.
 pub(super) const TOGETHER: usize = 2;
 
-/// `relu6(depthwise(rows) + bias)` for `out.len()` rows of `out_width` pixels, at most [`TOGETHER`], from the
+/// `relu6(depthwise(rows) + bias)`, scaled, for `out.len()` rows of `out_width` pixels, at most [`TOGETHER`], from the
 /// `(out.len() - 1) * stride + 3` rows of `width` pixels that they see. Output pixel x sees the input pixels from
 /// `x * stride - left` on; what is outside is zero.
 ///
@@ -93,9 +94,10 @@ unsafe fn depthwise<V: Vector, const STRIDE: usize, const ROWS: usize, const COL
                 *w = V::load(op.weights.as_ptr().add(t * channels + c));
             }
             let bias = V::load(op.weights.as_ptr().add(9 * channels + c));
+            let most = V::load(op.weights.as_ptr().add(10 * channels + c));
             let mut x = 0;
             while x < first {
-                edge::<V, STRIDE, ROWS>((&taps, bias), (left, width, channels, c), rows, x, out_width, out);
+                edge::<V, STRIDE, ROWS>((&taps, bias, most), (left, width, channels, c), rows, x, out_width, out);
                 x += 1;
             }
             while x + ACROSS <= last {
@@ -120,13 +122,13 @@ unsafe fn depthwise<V: Vector, const STRIDE: usize, const ROWS: usize, const COL
                 for (r, sums) in sums.into_iter().enumerate() {
                     for (k, sum) in sums.into_iter().enumerate() {
                         let to = out.add((r * out_width + x + k) * channels + c);
-                        activate(sum, Activation::Relu6).store(to);
+                        sum.at_least(V::splat(0.0)).at_most(most).store(to);
                     }
                 }
                 x += ACROSS;
             }
             while x < out_width {
-                edge::<V, STRIDE, ROWS>((&taps, bias), (left, width, channels, c), rows, x, out_width, out);
+                edge::<V, STRIDE, ROWS>((&taps, bias, most), (left, width, channels, c), rows, x, out_width, out);
                 x += 1;
             }
         }
@@ -141,7 +143,7 @@ unsafe fn depthwise<V: Vector, const STRIDE: usize, const ROWS: usize, const COL
 /// As [`depthwise`], of whose loop this is a part.
 #[inline(always)]
 unsafe fn edge<V: Vector, const STRIDE: usize, const ROWS: usize>(
-    (taps, bias): (&[V; 9], V),
+    (taps, bias, most): (&[V; 9], V, V),
     (left, width, channels, c): (usize, usize, usize, usize),
     rows: &[&[f32]],
     x: usize,
@@ -161,7 +163,7 @@ unsafe fn edge<V: Vector, const STRIDE: usize, const ROWS: usize>(
                     }
                 }
             }
-            activate(sum, Activation::Relu6).store(out.add((r * out_width + x) * channels + c));
+            sum.at_least(V::splat(0.0)).at_most(most).store(out.add((r * out_width + x) * channels + c));
         }
     }
 }
