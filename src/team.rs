@@ -2,8 +2,8 @@
 //!
 //! A thread that sleeps is woken on the processor that it slept on, or on its waker's. Where that is busy and the kernel does not
 //! look for an idle one (with few processors, of which one has been busy, Linux does not), it stays in the queue for as
-//! long as a small network takes: measured, two threads then take as long as one, in every image. So who calls for help looks where
-//! the helpers slept, and moves those that would stand in the way, before it wakes them.
+//! long as a small network takes: measured, two threads then take as long as one, in every image. So who calls for help keeps the
+//! helpers from its own processor until they wake.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -102,40 +102,39 @@ pub(crate) fn chunks<S: Send, T: Send>(
 
 #[cfg(target_os = "linux")]
 mod place {
-    use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
     use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
     /// A thread that has helped.
     struct Helper {
         thread: libc::pid_t,
-        /// Where it was when it last had done its part.
-        cpu: AtomicI32,
-        working: AtomicBool,
-        bound: Mutex<Bound>,
+        state: Mutex<State>,
     }
 
-    /// The processors that a helper may use, as of when it last had done its part, and whether a caller has bound it to one until it wakes.
-    struct Bound {
+    struct State {
+        working: bool,
+        /// Where it was when it last had done its part.
+        slept: i32,
+        /// What it might use then.
         allowed: libc::cpu_set_t,
-        now: bool,
+        /// Whether a caller has bound it to fewer until it wakes.
+        bound: bool,
     }
 
     impl Helper {
         fn new() -> Self {
             // SAFETY: takes nothing, returns a number.
             let thread = unsafe { libc::gettid() };
-            Self { thread, cpu: here().into(), working: true.into(), bound: Mutex::new(Bound { allowed: allowed(thread), now: false }) }
+            Self { thread, state: Mutex::new(State { working: true, slept: here(), allowed: allowed(thread), bound: false }) }
         }
 
-        fn bound(&self) -> MutexGuard<'_, Bound> {
-            self.bound.lock().unwrap_or_else(PoisonError::into_inner)
+        fn state(&self) -> MutexGuard<'_, State> {
+            self.state.lock().unwrap_or_else(PoisonError::into_inner)
         }
 
         /// May use again what it might.
-        fn free(&self) {
-            let mut bound = self.bound();
-            if std::mem::take(&mut bound.now) {
-                allow(self.thread, &bound.allowed);
+        fn free(&self, state: &mut State) {
+            if std::mem::take(&mut state.bound) {
+                allow(self.thread, &state.allowed);
             }
         }
     }
@@ -177,20 +176,40 @@ mod place {
         (0..libc::CPU_SETSIZE).contains(&cpu) && unsafe { libc::CPU_ISSET(cpu as usize, set) }
     }
 
+    /// The set less `cpu`.
+    fn without(mut set: libc::cpu_set_t, cpu: i32) -> libc::cpu_set_t {
+        if has(&set, cpu) {
+            // SAFETY: `cpu` is within the set.
+            unsafe { libc::CPU_CLR(cpu as usize, &mut set) };
+        }
+        set
+    }
+
+    /// `cpu` was found in a set.
+    fn only(cpu: i32) -> libc::cpu_set_t {
+        // SAFETY: a set of zeros is a set, and `cpu` is within it.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(cpu as usize, &mut set);
+            set
+        }
+    }
+
     /// This thread, of a pool, works.
     pub fn awake() {
         HELPER.with(|h| {
-            h.working.store(true, Ordering::Relaxed);
-            h.free();
+            let mut state = h.state();
+            state.working = true;
+            h.free(&mut state);
         });
     }
 
     /// It has done its part, and may sleep.
     pub fn sleeps() {
         HELPER.with(|h| {
-            h.bound().allowed = allowed(h.thread);
-            h.cpu.store(here(), Ordering::Relaxed);
-            h.working.store(false, Ordering::Release);
+            let mut state = h.state();
+            h.free(&mut state);
+            (state.allowed, state.slept, state.working) = (allowed(h.thread), here(), false);
         });
     }
 
@@ -203,39 +222,43 @@ mod place {
 
     impl Drop for Placed {
         fn drop(&mut self) {
-            self.bound.iter().for_each(|h| h.free());
+            self.bound.iter().for_each(|h| h.free(&mut h.state()));
         }
     }
 
-    /// Binds each helper that sleeps, until it wakes, to a processor that neither this thread nor, if there are so many, another helper
-    /// has.
+    /// Helpers that are looked after: where there are more processors than this, the kernel finds idle ones.
+    const MOST: usize = 16;
+
+    /// Keeps each helper that sleeps, until it wakes, from this thread's processor; one that slept there, or where another did, is bound
+    /// to one that has fewest.
     pub fn place() -> Placed {
-        let mut taken = vec![here()];
+        let caller = here();
+        let mut taken = vec![caller];
         let mut all = HELPERS.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
         // SAFETY: takes nothing, returns a number.
-        let caller = unsafe { libc::gettid() };
-        all.retain(|h| h.thread != caller);
+        let own = unsafe { libc::gettid() };
+        all.retain(|h| h.thread != own);
         let known = all.len();
+        all.truncate(MOST);
         all.retain(|helper| {
-            if helper.working.load(Ordering::Acquire) {
+            let mut state = helper.state();
+            if state.working {
                 return false;
             }
-            let mut bound = helper.bound();
-            let may = |c: &i32| *c != taken[0] && has(&bound.allowed, *c);
-            let slept = helper.cpu.load(Ordering::Relaxed);
-            let last = Some(slept).filter(|c| may(c) && !taken.contains(c));
-            // A pool has a thread more than a caller needs: two may have one processor.
-            let least = || (0..libc::CPU_SETSIZE).filter(may).min_by_key(|c| taken.iter().filter(|t| *t == c).count());
-            let Some(to) = last.or_else(least) else { return false };
-            // SAFETY: a set of zeros is a set, and `to` was found in one.
-            let only = unsafe {
-                let mut only: libc::cpu_set_t = std::mem::zeroed();
-                libc::CPU_SET(to as usize, &mut only);
-                only
+            let may = |c: &i32| *c != caller && has(&state.allowed, *c);
+            // A thread that may not use its waker's processor is woken where it slept, or on an idle one.
+            let slept = state.slept;
+            let (at, set) = if may(&slept) && !taken.contains(&slept) {
+                (slept, without(state.allowed, caller))
+            } else {
+                // A pool has a thread more than a caller needs: two may have one processor.
+                let fewest = (0..libc::CPU_SETSIZE).filter(may).min_by_key(|c| taken.iter().filter(|t| *t == c).count());
+                let Some(to) = fewest else { return false };
+                (to, only(to))
             };
-            bound.now = allow(helper.thread, &only);
-            taken.push(to);
-            bound.now
+            taken.push(at);
+            state.bound |= allow(helper.thread, &set);
+            state.bound
         });
         Placed { bound: all, known }
     }
