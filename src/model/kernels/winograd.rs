@@ -493,10 +493,12 @@ unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: u
     }
     for c in (0..inputs).step_by(V::LANES) {
         // The pixels of the tile after the next; one that is not there costs nothing.
-        for row in pixels.chunks_exact(6) {
-            for pixel in &row[2..] {
-                // SAFETY: nothing is read.
-                unsafe { V::prefetch(pixel.wrapping_add(AHEAD * inputs + c)) };
+        if c.is_multiple_of(UNIT) {
+            for row in pixels.chunks_exact(6) {
+                for pixel in &row[2..] {
+                    // SAFETY: nothing is read.
+                    unsafe { V::prefetch(pixel.wrapping_add(AHEAD * inputs + c)) };
+                }
             }
         }
         // SAFETY: each pixel has `inputs` values behind its pointer, a multiple of the lanes; the planes of tile `t` are
