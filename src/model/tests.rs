@@ -207,6 +207,29 @@ fn int8_describes_as_f32_does() {
     assert!(coarse.describe_tensor(&nan).unwrap_err().to_string().contains("not a number"));
 }
 
+/// What rounding does to weights is there in every pixel: most of it is taken back with the bias, in pictures that the network was not
+/// fitted to.
+#[test]
+fn int8_is_fitted_to_what_layers_see() {
+    let full = Model::shipped().unwrap();
+    let fitted = Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+    let mut blind = Model::shipped().unwrap();
+    blind.network = Network::new(&network(&blind.weights).unwrap(), ComputeDevice::Cpu, Precision::Int8, &[]).unwrap();
+    let (mut with, mut without) = (0.0, 0.0);
+    for n in 0..6 {
+        let image = leaves::picture(PICTURES + 100 + n).unwrap();
+        let of = |model: &Model| {
+            let (a, b) = (full.describe(&image).unwrap(), model.describe(&image).unwrap());
+            1.0 - f64::from(crate::map::dot(a.as_slice(), b.as_slice()))
+        };
+        let (error, blindly) = (of(&fitted), of(&blind));
+        assert!(error < 0.004, "{n}: {error}");
+        with += error;
+        without += blindly;
+    }
+    assert!(with < without / 4.0, "{with} {without}");
+}
+
 /// Maps hang on it: what a header may say more since then, and the whitening that others have, must leave it.
 #[test]
 fn the_identity_of_a_model_without_whitening_is_what_it_was() {
