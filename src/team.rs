@@ -81,9 +81,13 @@ impl Drop for Leaves<'_> {
     }
 }
 
-/// `work` for every `size` values of `out` (fewer at the end) with their number, by as many threads as the pool has, each with a
-/// state of its own.
-pub(crate) fn chunks<S: Send, T: Send>(
+/// `work` for every `size` values of `out` (fewer at the end) with their number, by as many threads as the pool has.
+pub(crate) fn chunks<T: Send>(out: &mut [T], size: usize, work: impl Fn(usize, &mut [T]) + Sync) {
+    chunks_with(out, size, || (), |(), at, part| work(at, part));
+}
+
+/// [`chunks`], where each thread has a state of its own.
+pub(crate) fn chunks_with<S: Send, T: Send>(
     out: &mut [T],
     size: usize,
     state: impl Fn() -> S + Sync,
@@ -297,9 +301,9 @@ mod tests {
                 part.iter_mut().enumerate().for_each(|(i, v)| *v += at * size + i + 1);
             };
             let mut inside = vec![0; n];
-            on_threads(threads, || chunks(&mut inside, size, || 0, work));
+            on_threads(threads, || chunks_with(&mut inside, size, || 0, work));
             let mut outside = vec![0; n];
-            chunks(&mut outside, size, || 0, work);
+            chunks_with(&mut outside, size, || 0, work);
             let want: Vec<usize> = (1..=n).collect();
             prop_assert!(inside == want && outside == want);
         }
@@ -325,7 +329,7 @@ mod tests {
             assert!(result.is_err());
         }
         let mut values = [0; 9];
-        chunks(&mut values, 2, || (), |(), _, v| v.fill(1));
+        chunks(&mut values, 2, |_, v| v.fill(1));
         assert_eq!(values, [1; 9]);
     }
 

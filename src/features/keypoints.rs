@@ -71,19 +71,14 @@ pub fn points(dense: &Dense, architecture: Architecture, config: &Detection) -> 
     // Cell after cell, so that a point reads whole rows.
     let cells = dense.descriptors.permute((1, 2, 0))?.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
     let mut descriptors = vec![0f32; points.len() * dim];
-    chunks(
-        &mut descriptors,
-        TOGETHER * dim,
-        || (),
-        |(), at, out| {
-            for (out, p) in out.chunks_mut(dim).zip(&points[at * TOGETHER..]) {
-                match architecture {
-                    Architecture::Xfeat => bicubic(&cells, (columns, rows), half_pixel(*p, (width, height), (columns, rows)), out),
-                    _ => bilinear(&cells, (columns, rows), cell_centres(*p, (width, height), (columns, rows)), out),
-                }
+    chunks(&mut descriptors, TOGETHER * dim, |at, out| {
+        for (out, p) in out.chunks_mut(dim).zip(&points[at * TOGETHER..]) {
+            match architecture {
+                Architecture::Xfeat => bicubic(&cells, (columns, rows), half_pixel(*p, (width, height), (columns, rows)), out),
+                _ => bilinear(&cells, (columns, rows), cell_centres(*p, (width, height), (columns, rows)), out),
             }
-        },
-    );
+        }
+    });
     Ok((points, found.into_iter().map(|(s, ..)| s).collect(), descriptors))
 }
 
@@ -92,7 +87,7 @@ fn heatmap(logits: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     let cells = rows * columns;
     let width = columns * CELL;
     let mut heat = vec![0f32; cells * CELL * CELL];
-    let row_of_cells = |(): &mut (), row: usize, out: &mut [f32]| {
+    let row_of_cells = |row: usize, out: &mut [f32]| {
         for column in 0..columns {
             let logit = |k: usize| logits[k * cells + row * columns + column];
             let top = (0..=CELL * CELL).map(logit).fold(f32::NEG_INFINITY, f32::max);
@@ -103,7 +98,7 @@ fn heatmap(logits: &[f32], rows: usize, columns: usize) -> Vec<f32> {
             }
         }
     };
-    chunks(&mut heat, width * CELL, || (), row_of_cells);
+    chunks(&mut heat, width * CELL, row_of_cells);
     heat
 }
 
@@ -114,7 +109,7 @@ const TOGETHER: usize = 16;
 fn max_filter(values: &[f32], height: usize, width: usize, radius: usize) -> Vec<f32> {
     let mut along = values.to_vec();
     let larger = |to: &mut [f32], from: &[f32]| to.iter_mut().zip(from).for_each(|(t, f)| *t = t.max(*f));
-    let across = |(): &mut (), at: usize, out: &mut [f32]| {
+    let across = |at: usize, out: &mut [f32]| {
         for (out, row) in out.chunks_mut(width).zip(values[at * TOGETHER * width..].chunks(width)) {
             for shift in 1..=radius.min(width.saturating_sub(1)) {
                 larger(&mut out[shift..], &row[..width - shift]);
@@ -122,9 +117,9 @@ fn max_filter(values: &[f32], height: usize, width: usize, radius: usize) -> Vec
             }
         }
     };
-    chunks(&mut along, TOGETHER * width, || (), across);
+    chunks(&mut along, TOGETHER * width, across);
     let mut out = along.clone();
-    let down = |(): &mut (), at: usize, out: &mut [f32]| {
+    let down = |at: usize, out: &mut [f32]| {
         for (y, out) in out.chunks_mut(width).enumerate() {
             let y = at * TOGETHER + y;
             for near in y.saturating_sub(radius)..(y + radius + 1).min(height) {
@@ -132,7 +127,7 @@ fn max_filter(values: &[f32], height: usize, width: usize, radius: usize) -> Vec
             }
         }
     };
-    chunks(&mut out, TOGETHER * width, || (), down);
+    chunks(&mut out, TOGETHER * width, down);
     out
 }
 

@@ -141,7 +141,7 @@ pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) ->
     };
     let rows: Vec<_> = query.descriptors().chunks(ROWS * dim).enumerate().collect();
     let mut blocks: Vec<Option<Block>> = rows.iter().map(|_| None).collect();
-    chunks(&mut blocks, 1, || (), |(), at, found| found.iter_mut().for_each(|found| *found = Some(block(rows[at]))));
+    chunks(&mut blocks, 1, |at, found| found.iter_mut().for_each(|found| *found = Some(block(rows[at]))));
     let blocks: Vec<Block> = blocks.into_iter().flatten().collect();
     let (mut best, mut by) = (vec![f32::NEG_INFINITY; m], vec![0u32; m]);
     for (_, tops, rows) in &blocks {

@@ -1,6 +1,6 @@
 //! The few layers that networks for local features are made of, batch norm folded.
 
-use super::kernels::{Activation, Conv, Conv3x3, Map};
+use super::kernels::{Activation, Conv, Conv3x3, FeatureMap};
 use crate::error::{Error, Result};
 use candle_core::{Tensor, D};
 use rayon::prelude::*;
@@ -54,12 +54,12 @@ impl Layer {
     }
 
     /// [`Self::forward`] of one image, into memory that is there.
-    pub fn run(&self, x: &Map, out: &mut Map) -> Result<()> {
+    pub fn run(&self, x: &FeatureMap, out: &mut FeatureMap) -> Result<()> {
         match &self.conv {
             Kernel::Three(conv) => conv.run(x, self.activation, self.pool, out),
             Kernel::Any(conv) if !self.pool => conv.run(x, self.activation, out),
             Kernel::Any(conv) => {
-                let mut whole = Map::default();
+                let mut whole = FeatureMap::default();
                 conv.run(x, self.activation, &mut whole)?;
                 out.fit(whole.height / 2, whole.width / 2, whole.channels);
                 largest_of_four(&whole.values, [1, whole.channels, whole.height, whole.width], &mut out.values);

@@ -4,7 +4,7 @@
 //!
 //! Magic Leap's own weights are for non-commercial use; we ship none.
 
-use super::kernels::{Activation, Map};
+use super::kernels::{Activation, FeatureMap};
 use super::layers::{join_channels, max_pool2, Layer};
 use crate::error::Result;
 use crate::team::chunks;
@@ -106,7 +106,7 @@ pub struct SuperPoint {
 /// Maps that layers read and write in turn.
 #[derive(Debug, Default)]
 struct Space {
-    maps: [Map; 2],
+    maps: [FeatureMap; 2],
 }
 
 /// Spaces kept: images of a robot are worked on one after the other, and each is tens of megabytes.
@@ -221,7 +221,7 @@ impl SuperPoint {
 impl SuperPoint {
     fn dense_in(&self, layers: &[Layer], x: &Tensor, space: &mut Space) -> Result<Dense> {
         let (_, channels, height, width) = x.dims4()?;
-        let image = Map { values: x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?, height, width, channels };
+        let image = FeatureMap { values: x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?, height, width, channels };
         let [a, b] = &mut space.maps;
         let from = match &self.stem {
             Some(stem) => stem.run(&image, a).map(|()| 2)?,
@@ -231,11 +231,11 @@ impl SuperPoint {
             layer.run(a, b)?;
             std::mem::swap(a, b);
         }
-        let tensor = |map: Map| -> Result<Tensor> {
+        let tensor = |map: FeatureMap| -> Result<Tensor> {
             Ok(Tensor::from_vec(map.values, (map.height, map.width, map.channels), x.device())?.permute((2, 0, 1))?)
         };
-        let mut head = |[first, last]: &[Layer; 2]| -> Result<Map> {
-            let mut out = Map::default();
+        let mut head = |[first, last]: &[Layer; 2]| -> Result<FeatureMap> {
+            let mut out = FeatureMap::default();
             first.run(a, b)?;
             last.run(b, &mut out)?;
             Ok(out)
@@ -269,7 +269,7 @@ pub(super) fn unit_columns(x: &Tensor) -> Result<Tensor> {
 fn unit_cells(values: &mut [f32], channels: usize) {
     const LANES: usize = 16;
     let together = 256 * channels.max(1);
-    let scale = |(): &mut (), _: usize, cells: &mut [f32]| {
+    let scale = |_: usize, cells: &mut [f32]| {
         for cell in cells.chunks_exact_mut(channels.max(1)) {
             // Sums side by side, which the compiler makes a vector of.
             let mut sums = [0f32; LANES];
@@ -280,7 +280,7 @@ fn unit_cells(values: &mut [f32], channels: usize) {
             cell.iter_mut().for_each(|v| *v /= norm);
         }
     };
-    chunks(values, together, || (), scale);
+    chunks(values, together, scale);
 }
 
 /// Mean over the last two axes.

@@ -2,10 +2,10 @@
 //! Inference only.
 
 use super::pointwise::{product, Packed};
-use super::{channels_last, contiguous, Activation, Isa, Map};
+use super::{channels_last, contiguous, Activation, FeatureMap, Isa};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
-use crate::team::chunks;
+use crate::team::chunks_with;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 use std::sync::Arc;
 
@@ -55,7 +55,7 @@ impl Conv {
     /// [`Self::forward`] of one image, into memory that is there.
     ///
     /// Errors: another number of channels.
-    pub fn run(&self, x: &Map, activation: Activation, out: &mut Map) -> Result<()> {
+    pub fn run(&self, x: &FeatureMap, activation: Activation, out: &mut FeatureMap) -> Result<()> {
         let op = Op { weights: self.weights.clone(), activation };
         op.check(x.channels)?;
         let (height, width) = op.size(x.height, x.width);
@@ -119,7 +119,7 @@ impl Op {
         if out.is_empty() {
             return;
         }
-        chunks(out, w * outputs, Scratch::default, |scratch, y, out| {
+        chunks_with(out, w * outputs, Scratch::default, |scratch, y, out| {
             let Scratch { patches, output } = scratch;
             let pixels = if kernel == 1 && stride == 1 {
                 &x[y * width * inputs..][..width * inputs]

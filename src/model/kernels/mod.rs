@@ -105,7 +105,7 @@ pub(crate) fn contiguous<'a>(
 /// A map, channels side by side, in memory that serves one image after the other: the maps of a large one are tens of megabytes, which
 /// the system hands out page by page.
 #[derive(Debug, Default)]
-pub struct Map {
+pub struct FeatureMap {
     /// H x W x C.
     pub values: Vec<f32>,
     /// Rows.
@@ -116,7 +116,7 @@ pub struct Map {
     pub channels: usize,
 }
 
-impl Map {
+impl FeatureMap {
     /// Of this size; what the values are is left open.
     pub(super) fn fit(&mut self, height: usize, width: usize, channels: usize) {
         let n = height * width * channels;

@@ -309,7 +309,7 @@ unsafe fn widen<V: Vector, const INT8: bool>(op: &Pointwise, x: &[f32], scratch:
     unsafe {
         match (op, INT8) {
             (Pointwise::F32(packed), false) => {
-                let x = Pixels { data: x, stride: op.inputs() };
+                let x = Pixels::new(x, op.inputs());
                 for p in 0..packed.panels() {
                     panel::<V>(packed, p, pixels, x, None, Activation::Relu6, out);
                 }
@@ -650,7 +650,7 @@ unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, row
                     // One panel's weights for all rows.
                     for p in 0..packed.panels() {
                         for y in next..need {
-                            let x = Pixels { data: shared.rows(input, stage.width * op.inputs(), &(y..y + 1)), stride: op.inputs() };
+                            let x = Pixels::new(shared.rows(input, stage.width * op.inputs(), &(y..y + 1)), op.inputs());
                             panel::<V>(packed, p, stage.width, x, None, Activation::Relu6, &mut ring[y % slots * row..][..row]);
                         }
                     }
@@ -723,9 +723,9 @@ unsafe fn narrow<'a, V: Vector, const INT8: bool>(
         deepen::<V>(shared, stage, block, rows, of, x);
         match (&block.project, INT8) {
             (Pointwise::F32(packed), false) => {
-                let residual = residual.map(|data| Pixels { data, stride: channels });
+                let residual = residual.map(|data| Pixels::new(data, channels));
                 for p in 0..packed.panels() {
-                    panel::<V>(packed, p, pixels, Pixels { data: x, stride: hidden }, residual, Activation::None, out);
+                    panel::<V>(packed, p, pixels, Pixels::new(x, hidden), residual, Activation::None, out);
                 }
             }
             (Pointwise::Int8(packed), true) => {

@@ -78,19 +78,24 @@ impl Packed {
     pub fn panels(&self) -> usize {
         self.panels.len()
     }
-
-    /// One panel, its weights and its biases.
-    pub fn panel(&self, at: usize) -> (Panel, &[f32], &[f32]) {
-        let panel @ Panel { unit, units, weights } = self.panels[at];
-        (panel, &self.weights.values()[weights..][..self.inputs * units * UNIT], &self.bias[unit * UNIT..][..units * UNIT])
-    }
 }
 
-/// Pixels of a matrix: values between one pixel and the next.
+/// Pixels of a matrix, which may be patches of a plane that nobody has gathered.
 #[derive(Clone, Copy)]
 pub(super) struct Pixels<'a> {
     pub data: &'a [f32],
+    /// Values between one pixel and the next.
     pub stride: usize,
+    /// If not all side by side: how many lines a pixel's values lie in, how many in each, and how many between one line and the next.
+    pub lines: Option<[usize; 3]>,
+}
+
+impl<'a> Pixels<'a> {
+    /// Whose values lie side by side.
+    #[inline(always)]
+    pub fn new(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, lines: None }
+    }
 }
 
 /// One panel's channels of `pixels` pixels of `out`, `packed.outputs` values apart.
@@ -108,15 +113,21 @@ pub(super) unsafe fn panel<V: Vector>(
     activation: Activation,
     out: &mut [f32],
 ) {
-    let (Panel { unit, units, .. }, weights, bias) = packed.panel(panel);
+    let Panel { unit, units, weights } = packed.panels[panel];
     let first = unit * UNIT;
-    assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + packed.inputs, "pointwise: input");
+    let [lines, across, pitch] = x.lines.unwrap_or([1, packed.inputs, 0]);
+    assert!(lines > 0 && lines * across == packed.inputs, "pointwise: lines");
+    assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + (lines - 1) * pitch + across, "pointwise: input");
     assert!(out.len() >= pixels * packed.outputs, "pointwise: output");
     assert!(residual.is_none_or(|r| r.stride >= packed.outputs && r.data.len() >= pixels * r.stride), "pointwise: residual");
+    let weights = &packed.weights.values()[weights..][..packed.inputs * units * UNIT];
+    let bias = &packed.bias[first..][..units * UNIT];
     let call = Call {
-        inputs: packed.inputs,
+        across,
         x: x.data.as_ptr(),
         stride: x.stride,
+        lines,
+        pitch,
         weights: weights.as_ptr(),
         bias: bias.as_ptr(),
         residual: residual.map_or(std::ptr::null(), |r| r.data[first..].as_ptr()),
@@ -207,9 +218,12 @@ pub(super) trait Tile: Copy {
 
 #[derive(Clone, Copy)]
 struct Call {
-    inputs: usize,
+    /// Inputs of a line.
+    across: usize,
     x: *const f32,
     stride: usize,
+    lines: usize,
+    pitch: usize,
     weights: *const f32,
     bias: *const f32,
     residual: *const f32,
@@ -251,18 +265,21 @@ impl Tile for Call {
                 }
             }
             let mut weights = self.weights;
-            for i in 0..self.inputs {
-                let mut w = [V::splat(0.0); VECTORS];
-                for (v, w) in w.iter_mut().enumerate() {
-                    *w = V::load(weights.add(v * V::LANES));
-                }
-                for (r, row) in sums.iter_mut().enumerate() {
-                    let x = V::splat(*self.x.add(r * self.stride + i));
-                    for (sum, w) in row.iter_mut().zip(w) {
-                        *sum = x.fma(w, *sum);
+            for line in 0..self.lines {
+                let x = self.x.add(line * self.pitch);
+                for i in 0..self.across {
+                    let mut w = [V::splat(0.0); VECTORS];
+                    for (v, w) in w.iter_mut().enumerate() {
+                        *w = V::load(weights.add(v * V::LANES));
                     }
+                    for (r, row) in sums.iter_mut().enumerate() {
+                        let x = V::splat(*x.add(r * self.stride + i));
+                        for (sum, w) in row.iter_mut().zip(w) {
+                            *sum = x.fma(w, *sum);
+                        }
+                    }
+                    weights = weights.add(VECTORS * V::LANES);
                 }
-                weights = weights.add(VECTORS * V::LANES);
             }
             if !self.residual.is_null() {
                 for (r, row) in sums.iter_mut().enumerate() {
@@ -329,7 +346,7 @@ unsafe fn product_avx2(packed: &Packed, activation: Activation, x: &[f32], n: us
 /// The processor has the instruction set of `V`, for which the weights were packed.
 #[inline(always)]
 unsafe fn product_on<V: Vector>(packed: &Packed, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
-    let x = Pixels { data: x, stride: packed.inputs };
+    let x = Pixels::new(x, packed.inputs);
     for at in 0..packed.panels() {
         // SAFETY: the caller's promise.
         unsafe { panel::<V>(packed, at, n, x, None, activation, out) }

@@ -6,12 +6,12 @@
 //! channels are transformed back while they are in the cache.
 
 use super::aligned::Aligned;
-use super::pointwise::{activate, panel, Packed, Panel, Pixels, Tile, UNIT};
+use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
 use super::vector::Vector;
-use super::{channels_last, contiguous, Activation, Isa, Map};
+use super::{channels_last, contiguous, Activation, FeatureMap, Isa};
 use crate::error::{Error, Result};
 use crate::simd::zeroed;
-use crate::team::chunks;
+use crate::team::chunks_with;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 use std::sync::Arc;
 
@@ -109,7 +109,7 @@ impl Conv3x3 {
     /// [`Self::forward`] of one image, into memory that is there.
     ///
     /// Errors: another number of channels.
-    pub fn run(&self, x: &Map, activation: Activation, pool: bool, out: &mut Map) -> Result<()> {
+    pub fn run(&self, x: &FeatureMap, activation: Activation, pool: bool, out: &mut FeatureMap) -> Result<()> {
         let op = self.op(activation, pool);
         op.check(x.channels)?;
         let scale = if pool { 2 } else { 1 };
@@ -182,7 +182,7 @@ impl Op {
             return;
         }
         let image = Image { x, height, width, channels, window: Window { y: 0, x: 0, pitch: width } };
-        chunks(out, 4 / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
+        chunks_with(out, 4 / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
             scratch.fit(self);
             match self.packed.isa {
                 // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
@@ -294,7 +294,7 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
             for (g, planes) in op.packed.groups.iter().enumerate() {
                 let channels = planes[0].outputs;
                 for (p, packed) in planes.iter().enumerate() {
-                    let x = Pixels { data: &input[p * pitch(inputs)..][..RUN * inputs], stride: inputs };
+                    let x = Pixels::new(&input[p * pitch(inputs)..][..RUN * inputs], inputs);
                     let to = &mut product[p * pitch(channels)..][..n * channels];
                     for at in 0..packed.panels() {
                         panel::<V>(packed, at, n, x, None, Activation::None, to);
@@ -337,85 +337,14 @@ unsafe fn before_run<'a, V: Vector>(
     }
     for at in 0..bottom - top {
         let (seen, out) = (&seen[at * row..][..3 * row], &mut window[at * pitch * channels..][..pitch * channels]);
+        // A patch is three values of each of three rows.
+        let patches = Pixels { data: seen, stride: 1, lines: Some([3, 3, row]) };
         for p in 0..packed.panels() {
-            let (Panel { unit, units, .. }, weights, bias) = packed.panel(p);
-            assert!(packed.inputs == 9 && bias.len() >= units * UNIT && weights.len() >= 9 * units * UNIT, "conv3x3: first weights");
-            let call = Plane {
-                x: seen.as_ptr(),
-                row,
-                weights: weights.as_ptr(),
-                bias: bias.as_ptr(),
-                out: out[unit * UNIT..].as_mut_ptr(),
-                channels,
-            };
-            // SAFETY: the caller's promise; the assertion; `seen` has three rows of two values more than there are pixels, and `out`
-            // all channels of as many.
-            unsafe { call.panel::<V>(units, pitch) }
+            // SAFETY: the caller's promise.
+            unsafe { panel::<V>(packed, p, pitch, patches, None, Activation::Relu, out) }
         }
     }
     Image { x: window, height: plane.height, width: plane.width, channels, window: Window { y: top, x: left, pitch } }
-}
-
-/// A 3x3 over one plane with ReLU: a matrix product whose patches are not gathered.
-#[derive(Clone, Copy)]
-struct Plane {
-    x: *const f32,
-    /// Values from one row to the next.
-    row: usize,
-    weights: *const f32,
-    bias: *const f32,
-    out: *mut f32,
-    channels: usize,
-}
-
-impl Tile for Plane {
-    #[inline(always)]
-    unsafe fn from(self, pixel: usize) -> Self {
-        // SAFETY: the pixel is within the slices.
-        unsafe { Self { x: self.x.add(pixel), out: self.out.add(pixel * self.channels), ..self } }
-    }
-
-    #[inline(always)]
-    unsafe fn by_eight<V: Vector>(self, pixels: usize) {
-        // SAFETY: the caller's promise.
-        unsafe { self.pixels::<V, 6, 2>(pixels) }
-    }
-
-    #[inline(always)]
-    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
-            for v in 0..VECTORS {
-                let bias = V::load(self.bias.add(v * V::LANES));
-                for row in &mut sums {
-                    row[v] = bias;
-                }
-            }
-            let mut weights = self.weights;
-            for y in 0..3 {
-                for x in 0..3 {
-                    let from = self.x.add(y * self.row + x);
-                    let mut w = [V::splat(0.0); VECTORS];
-                    for (v, w) in w.iter_mut().enumerate() {
-                        *w = V::load(weights.add(v * V::LANES));
-                    }
-                    for (r, row) in sums.iter_mut().enumerate() {
-                        let x = V::splat(*from.add(r));
-                        for (sum, w) in row.iter_mut().zip(w) {
-                            *sum = x.fma(w, *sum);
-                        }
-                    }
-                    weights = weights.add(VECTORS * V::LANES);
-                }
-            }
-            for (r, row) in sums.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    activate(sum, Activation::Relu).store(self.out.add(r * self.channels + v * V::LANES));
-                }
-            }
-        }
-    }
 }
 
 /// The body once for each number, which it then knows.
