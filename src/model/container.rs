@@ -17,13 +17,15 @@ pub(super) struct Raw {
 pub(super) struct RawFile {
     pub tensors: HashMap<String, Raw>,
     pub metadata: HashMap<String, String>,
+    /// Values of the tensors that are in 8 bits, which have none above.
+    pub codes: HashMap<String, Vec<i8>>,
     /// ONNX only: each node's operator and the names of its inputs, in the file's order.
     pub nodes: Vec<(String, Vec<String>)>,
 }
 
 impl RawFile {
-    fn of(tensors: HashMap<String, Raw>) -> Self {
-        Self { tensors, metadata: HashMap::new(), nodes: Vec::new() }
+    pub fn of(tensors: HashMap<String, Raw>) -> Self {
+        Self { tensors, metadata: HashMap::new(), codes: HashMap::new(), nodes: Vec::new() }
     }
 
     /// Recognises the container by its first bytes.
@@ -45,6 +47,7 @@ impl RawFile {
     pub fn strip_prefixes(&mut self) {
         for prefix in ["module.", "model.", "backbone."] {
             if !self.tensors.is_empty() && self.tensors.keys().all(|k| k.starts_with(prefix)) {
+                self.codes = std::mem::take(&mut self.codes).into_iter().map(|(k, v)| (k[prefix.len()..].to_string(), v)).collect();
                 self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(k, v)| (k[prefix.len()..].to_string(), v)).collect();
             }
         }
@@ -62,6 +65,18 @@ impl RawFile {
             return Err(Error::weights(format!("tensor `{name}` holds {v}")));
         }
         Ok(raw.values)
+    }
+
+    /// Takes one tensor in 8 bits out; `None` if it is not there, or not in 8 bits.
+    ///
+    /// Errors: another shape.
+    pub fn take_codes(&mut self, name: &str, shape: &[usize]) -> Result<Option<Vec<i8>>> {
+        let Some(codes) = self.codes.remove(name) else { return Ok(None) };
+        let found = self.tensors.remove(name).map_or(Vec::new(), |raw| raw.shape);
+        if found != shape || codes.len() != shape.iter().product::<usize>() {
+            return Err(Error::TensorShape { name: name.into(), expected: shape.to_vec(), found });
+        }
+        Ok(Some(codes))
     }
 
     /// Takes one tensor out, whatever its shape, which must then be of the rank wanted.
@@ -105,15 +120,19 @@ pub fn read_tensors(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>> {
     named.into_iter().map(|(n, shape)| Ok((n.clone(), file.take_tensor(&n, &shape, "any")?))).collect()
 }
 
-/// Our safetensors, sorted by name, with one string of metadata: the same tensors give the same bytes.
+/// Name, type, shape and bytes of a tensor that is written as it is.
+pub(super) type Written = (String, safetensors::Dtype, Vec<usize>, Vec<u8>);
+
+/// Our safetensors, sorted by name, with one string of metadata: the same tensors give the same bytes. `more` are not among `tensors`.
 pub(super) fn write_safetensors(
     tensors: &BTreeMap<String, Tensor>,
     dtype: candle_core::DType,
+    more: Vec<Written>,
     key: &str,
     header: String,
 ) -> Result<Vec<u8>> {
     use candle_core::DType;
-    let mut data = Vec::with_capacity(tensors.len());
+    let mut data = more;
     for (name, tensor) in tensors {
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;
         let (kind, bytes) = match dtype {
@@ -145,7 +164,7 @@ fn read_safetensors(bytes: &[u8]) -> Result<RawFile> {
     let fail = |e: safetensors::SafeTensorError| Error::weights(format!("safetensors: {e}"));
     let (_, header) = safetensors::SafeTensors::read_metadata(bytes).map_err(fail)?;
     let file = safetensors::SafeTensors::deserialize(bytes).map_err(fail)?;
-    let mut tensors = HashMap::new();
+    let (mut tensors, mut codes) = (HashMap::new(), HashMap::new());
     for (name, view) in file.tensors() {
         use safetensors::Dtype;
         let data = view.data();
@@ -154,12 +173,16 @@ fn read_safetensors(bytes: &[u8]) -> Result<RawFile> {
             Dtype::F16 => data.chunks_exact(2).map(|b| half::f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             Dtype::BF16 => data.chunks_exact(2).map(|b| half::bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             Dtype::F64 => data.chunks_exact(8).filter_map(|b| b.try_into().ok()).map(|b| f64::from_le_bytes(b) as f32).collect(),
+            Dtype::I8 => {
+                codes.insert(name.clone(), data.iter().map(|b| i8::from_le_bytes([*b])).collect());
+                Vec::new()
+            }
             // Counters such as `num_batches_tracked`: named, but never read.
             _ => Vec::new(),
         };
         tensors.insert(name, Raw { shape: view.shape().to_vec(), values });
     }
-    Ok(RawFile { metadata: header.metadata().clone().unwrap_or_default(), ..RawFile::of(tensors) })
+    Ok(RawFile { metadata: header.metadata().clone().unwrap_or_default(), codes, ..RawFile::of(tensors) })
 }
 
 pub(super) fn floats(data: &[u8]) -> Vec<f32> {

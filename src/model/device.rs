@@ -1,7 +1,7 @@
 //! Where the network runs.
 
 use super::kernels::Plan;
-use super::mobilenet_v2::MobileNetV2;
+use super::mobilenet_v2::{MobileNetV2, RoundedNetwork};
 use crate::error::{Error, Result};
 
 /// Where the network runs: `cpu`, or `cuda:N`.
@@ -36,13 +36,13 @@ impl std::fmt::Display for ComputeDevice {
     }
 }
 
-/// What the 1x1 convolutions compute in; they are nine tenths of the arithmetic.
+/// What the 1x1 convolutions compute in, which are nine tenths of the arithmetic, or what a weight file keeps them in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit floating point.
     #[default]
     F32,
-    /// 16-bit floating point, sums in f32; on CUDA only.
+    /// 16-bit floating point, sums in f32; computed in on CUDA only.
     F16,
     /// 8-bit weights and values, exact sums: for processors with VNNI, and for AVX2.
     Int8,
@@ -102,17 +102,17 @@ pub(super) enum Network {
 }
 
 impl Network {
-    /// `pictures`: what a network in 8 bits is fitted to, 1 x 3 x H x W each.
+    /// `int8`: its 1x1 convolutions in 8 bits, where it is to compute so.
     ///
     /// Errors: a device that is not there, or does not compute in `precision`.
-    pub fn new(network: &MobileNetV2, device: ComputeDevice, precision: Precision, pictures: &[candle_core::Tensor]) -> Result<Self> {
+    pub fn new(network: &MobileNetV2, device: ComputeDevice, precision: Precision, int8: Option<&RoundedNetwork>) -> Result<Self> {
         let refused = |reason: String| Err(Error::Device { reason });
         match (device, precision) {
             (ComputeDevice::Cpu, Precision::F16) => {
                 refused("the cpu computes in f32 or int8; f16 wants --device cuda:0 (model.device)".into())
             }
             (ComputeDevice::Cuda(n), Precision::Int8) => refused(format!("cuda:{n} computes in f32 or f16; int8 is for the cpu")),
-            (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan((precision == Precision::Int8).then_some(pictures))?)),
+            (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan(int8.filter(|_| precision == Precision::Int8))?)),
             #[cfg(feature = "cuda")]
             (ComputeDevice::Cuda(n), _) => {
                 use super::kernels::gpu::{Cuda, KERNELS};

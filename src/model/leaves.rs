@@ -6,10 +6,8 @@
 use crate::error::Result;
 use crate::image::RgbImage;
 
-/// Columns and rows.
-const SIZE: (usize, usize) = (160, 120);
-/// Leaves of a picture.
-const LEAVES: usize = 600;
+/// Pixels for each leaf.
+const PIXELS: usize = 32;
 
 /// Splitmix64.
 struct Random(u64);
@@ -30,12 +28,13 @@ impl Random {
     }
 }
 
-/// The `n`th picture, 160 x 120; always the same.
-pub(super) fn picture(n: u64) -> Result<RgbImage> {
+/// The `n`th picture of so many columns and rows; always the same.
+///
+/// Errors: a size of no pixels.
+pub fn picture(n: u64, (width, height): (usize, usize)) -> Result<RgbImage> {
     let mut random = Random(n.wrapping_mul(0x2545_f491_4f6c_dd1d));
-    let (width, height) = SIZE;
     let mut values = vec![128f32; 3 * width * height];
-    for _ in 0..LEAVES {
+    for _ in 0..width * height / PIXELS {
         let radius = (4.0 * random.uniform().powf(-0.6)).min(90.0);
         let (x, y) = (random.uniform() * width as f32, random.uniform() * height as f32);
         let grey = 120.0 + 50.0 * random.normal();
@@ -64,7 +63,7 @@ mod tests {
 
     #[test]
     fn pictures_differ_and_are_the_same_again() {
-        let [a, b, again] = [0, 1, 0].map(|n| picture(n).unwrap());
+        let [a, b, again] = [0, 1, 0].map(|n| picture(n, (160, 120)).unwrap());
         assert!(a.data() == again.data() && a.data() != b.data());
         for image in [a, b] {
             let (mean, deviation) = image.luma_stats();

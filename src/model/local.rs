@@ -145,7 +145,7 @@ impl LocalWeights {
     pub fn to_bytes(&self, dtype: DType) -> Result<Vec<u8>> {
         let header = Header { architecture: self.architecture, version: VERSION.into() };
         let header = serde_json::to_string(&header).map_err(|e| Error::weights(e.to_string()))?;
-        write_safetensors(&self.tensors, dtype, HEADER, header)
+        write_safetensors(&self.tensors, dtype, Vec::new(), HEADER, header)
     }
 
     /// Of names, shapes and values: the same weights in another container have the same.

@@ -6,10 +6,11 @@
 
 #[cfg(any(test, feature = "cuda"))]
 use super::kernels::gpu::{GpuPlan, Machine};
-use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock};
+use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock, Rounded};
 use super::pooling::{l2_normalize, Pooling};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// One stage: expansion factor, output channels, number of blocks, stride of the first.
 type Stage = (usize, usize, usize, usize);
@@ -65,6 +66,13 @@ pub struct ConvSpec {
     pub torchvision_norm: String,
     /// Shape of the weight, O x I/groups x K x K.
     pub shape: [usize; 4],
+}
+
+impl ConvSpec {
+    /// Whether it is a 1x1 convolution.
+    pub fn is_pointwise(&self) -> bool {
+        self.shape[2..] == [1, 1]
+    }
 }
 
 /// All convolutions of the truncated network in order: 50 (stem, then expand, depthwise, project).
@@ -144,23 +152,20 @@ struct Block {
     residual: bool,
 }
 
-impl Block {
-    fn forward(&self, x: &Tensor, padding: Padding) -> Result<Tensor> {
-        self.forward_seen(x, padding, |_| Ok(()))
-    }
+/// What the 1x1 convolutions see: its name (`blocks.3.expand`) and the values, N x C x H x W, of which it makes what they get.
+pub type See<'a> = &'a mut dyn FnMut(&str, &Tensor) -> Result<Tensor>;
 
-    /// `seen` is shown what is projected.
-    fn forward_seen(&self, x: &Tensor, padding: Padding, seen: impl FnOnce(&Tensor) -> Result<()>) -> Result<Tensor> {
+impl Block {
+    fn forward(&self, number: usize, x: &Tensor, padding: Padding, see: See) -> Result<Tensor> {
         let expanded = match &self.expand {
-            Some(conv) => conv.pointwise(x, Activation::Relu6)?,
+            Some(conv) => conv.pointwise(&see(&format!("blocks.{number}.expand"), x)?, Activation::Relu6)?,
             None => x.clone(),
         };
         let (_, _, h, w) = expanded.dims4()?;
         let pad = padding.of(h, w, self.stride);
         let Conv { weight, bias } = &self.depthwise;
         let y = depthwise3x3(&expanded, weight, bias, self.stride, pad, Activation::Relu6)?;
-        seen(&y)?;
-        let y = self.project.pointwise(&y, Activation::None)?;
+        let y = self.project.pointwise(&see(&format!("blocks.{number}.project"), &y)?, Activation::None)?;
         if self.residual {
             y + x
         } else {
@@ -177,52 +182,59 @@ pub struct MobileNetV2 {
     padding: Padding,
 }
 
-/// Means of the channels that a block's expansion and its projection see.
-type Means = (Vec<f32>, Vec<f32>);
+/// The 1x1 convolutions of a network in 8 bits, by name (`blocks.3.expand`).
+pub type RoundedNetwork = BTreeMap<String, Rounded>;
 
 fn values(t: &Tensor) -> Result<Vec<f32>> {
     t.flatten_all()?.to_vec1::<f32>()
 }
 
 impl MobileNetV2 {
-    /// The same network for inference alone: no gradients, batch of one, several times as fast; with `int8` the 1x1
-    /// convolutions compute in 8 bits, fitted to those pictures, 1 x 3 x H x W each.
-    pub fn plan(&self, int8: Option<&[Tensor]>) -> Result<Plan> {
-        let means = int8.map(|pictures| self.means(pictures)).transpose()?.unwrap_or_default();
-        self.folded(&means, |stem, blocks, pads| Plan::new(int8.is_some(), stem, blocks, pads))
+    /// The same network for inference alone: no gradients, batch of one, several times as fast; where `int8` has the 1x1
+    /// convolutions, which are all of them then, they compute in 8 bits.
+    ///
+    /// Errors: one that is missing there.
+    pub fn plan(&self, int8: Option<&RoundedNetwork>) -> Result<Plan> {
+        self.folded(int8, Plan::new)
     }
 
-    /// Of every block, the mean of each channel that its 1x1 convolutions see.
-    fn means(&self, pictures: &[Tensor]) -> Result<Vec<Means>> {
-        let mut all: Vec<Means> = vec![Default::default(); self.blocks.len()];
-        let add = |sums: &mut Vec<f32>, x: &Tensor| -> Result<()> {
-            let mean = x.mean((0, 2, 3))?.to_vec1::<f32>()?;
-            sums.resize(mean.len(), 0.0);
-            sums.iter_mut().zip(mean).for_each(|(s, m)| *s += m / pictures.len() as f32);
-            Ok(())
-        };
+    /// The 1x1 convolutions rounded to 8 bits, fitted to what they see in `pictures`, 1 x 3 x H x W each.
+    pub fn rounded(&self, pictures: &[Tensor]) -> Result<RoundedNetwork> {
+        let mut means = BTreeMap::<String, Vec<f32>>::new();
         for picture in pictures {
-            let mut x = self.stem.stem(picture, self.padding)?;
-            for (block, (expand, project)) in self.blocks.iter().zip(&mut all) {
-                add(expand, &x)?;
-                x = block.forward_seen(&x, self.padding, |deep| add(project, deep))?;
-            }
+            self.taps_by(picture, &mut |name, x| {
+                let mean = x.mean((0, 2, 3))?.to_vec1::<f32>()?;
+                let sums = means.entry(name.into()).or_insert_with(|| vec![0.0; mean.len()]);
+                sums.iter_mut().zip(mean).for_each(|(s, m)| *s += m / pictures.len() as f32);
+                Ok(x.clone())
+            })?;
         }
         // Coarse, so that processors whose sums differ in the last bits get the same network.
-        let coarse = |v: &mut f32| *v = (*v * 1024.0).round() / 1024.0;
-        all.iter_mut().flat_map(|(a, b)| a.iter_mut().chain(b)).for_each(coarse);
-        Ok(all)
+        means.values_mut().flatten().for_each(|v| *v = (*v * 1024.0).round() / 1024.0);
+        let mut out = BTreeMap::new();
+        for (at, block) in self.blocks.iter().enumerate() {
+            for (kind, conv) in [("expand", block.expand.as_ref()), ("project", Some(&block.project))] {
+                let Some(conv) = conv else { continue };
+                let name = format!("blocks.{}.{kind}", at + 1);
+                let means = means.get(&name).map_or(&[][..], Vec::as_slice);
+                out.insert(name, Rounded::new(&values(&conv.weight)?, &values(&conv.bias)?, means));
+            }
+        }
+        Ok(out)
     }
 
     /// The same for a GPU, in f32 or f16.
     #[cfg(any(test, feature = "cuda"))]
     pub(super) fn gpu_plan<M: Machine>(&self, machine: M, half: bool) -> crate::error::Result<GpuPlan<M>> {
-        self.folded(&[], |stem, blocks, pads| GpuPlan::new(machine, half, stem, blocks, pads))?
+        self.folded(None, |stem, blocks, pads| GpuPlan::new(machine, half, stem, blocks, pads))?
     }
 
-    /// Calls `f` with the stem's weight and bias, the blocks, and the border of a 3x3 at height, width and stride. `means` are of
-    /// every block, or none.
-    fn folded<T>(&self, means: &[Means], f: impl FnOnce((&[f32], &[f32]), &[PlanBlock], fn(usize, usize, usize) -> Pad) -> T) -> Result<T> {
+    /// Calls `f` with the stem's weight and bias, the blocks, and the border of a 3x3 at height, width and stride.
+    fn folded<T>(
+        &self,
+        int8: Option<&RoundedNetwork>,
+        f: impl FnOnce((&[f32], &[f32]), &[PlanBlock], fn(usize, usize, usize) -> Pad) -> T,
+    ) -> Result<T> {
         let pads = match self.padding {
             Padding::Symmetric => |h, w, s| Padding::Symmetric.of(h, w, s),
             Padding::Same => |h, w, s| Padding::Same.of(h, w, s),
@@ -236,6 +248,10 @@ impl MobileNetV2 {
         fn slices(w: &Weights) -> (&[f32], &[f32]) {
             (&w.0, &w.1)
         }
+        fn find<'a>(int8: &'a RoundedNetwork, at: usize, kind: &str) -> Result<&'a Rounded> {
+            let name = format!("blocks.{}.{kind}", at + 1);
+            int8.get(&name).ok_or_else(|| candle_core::Error::Msg(format!("{name} is not in 8 bits")))
+        }
         let mut blocks = Vec::with_capacity(all.len());
         for (at, (block, (expand, depthwise, project))) in self.blocks.iter().zip(&all).enumerate() {
             blocks.push(PlanBlock {
@@ -245,8 +261,11 @@ impl MobileNetV2 {
                 stride: block.stride,
                 residual: block.residual,
                 tap: TAPS.contains(&(at + 1)),
-                expand_sees: means.get(at).map_or(&[], |m| &m.0),
-                project_sees: means.get(at).map_or(&[], |m| &m.1),
+                rounded: int8
+                    .map(|int8| -> Result<_> {
+                        Ok((block.expand.as_ref().map(|_| find(int8, at, "expand")).transpose()?, find(int8, at, "project")?))
+                    })
+                    .transpose()?,
             });
         }
         Ok(f(slices(&both(&self.stem)?), &blocks, pads))
@@ -279,10 +298,15 @@ impl MobileNetV2 {
     /// The three taps of `x` (N x 3 x H x W, normalised): N x 32 x H/8 x W/8, N x 96 x H/16 x W/16,
     /// N x 320 x H/32 x W/32.
     pub fn taps(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        self.taps_by(x, &mut |_, x| Ok(x.clone()))
+    }
+
+    /// The same, where `see` makes what the 1x1 convolutions get of what they would.
+    pub fn taps_by(&self, x: &Tensor, see: See) -> Result<[Tensor; 3]> {
         let mut x = self.stem.stem(x, self.padding)?;
         let mut taps = Vec::with_capacity(3);
         for (i, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, self.padding)?;
+            x = block.forward(i + 1, &x, self.padding, see)?;
             if TAPS.contains(&(i + 1)) {
                 taps.push(x.clone());
             }
@@ -290,10 +314,9 @@ impl MobileNetV2 {
         taps.try_into().map_err(|_| candle_core::Error::Msg("a tap is missing".into()))
     }
 
-    /// The global descriptor, N x 448, rows of unit length.
-    pub fn describe(&self, x: &Tensor, pooling: Pooling, tap_norm: bool) -> Result<Tensor> {
-        let pooled = self
-            .taps(x)?
+    /// The global descriptor of taps, N x 448, rows of unit length.
+    pub fn pooled(taps: &[Tensor], pooling: Pooling, tap_norm: bool) -> Result<Tensor> {
+        let pooled = taps
             .iter()
             .map(|tap| {
                 let v = pooling.pool(tap)?;
@@ -305,6 +328,11 @@ impl MobileNetV2 {
             })
             .collect::<Result<Vec<_>>>()?;
         l2_normalize(&Tensor::cat(&pooled, 1)?)
+    }
+
+    /// The global descriptor of images, N x 448, rows of unit length.
+    pub fn describe(&self, x: &Tensor, pooling: Pooling, tap_norm: bool) -> Result<Tensor> {
+        Self::pooled(&self.taps(x)?, pooling, tap_norm)
     }
 }
 

@@ -5,7 +5,7 @@ mod container;
 mod device;
 pub mod kernels;
 mod layers;
-mod leaves;
+pub mod leaves;
 mod lightglue;
 mod local;
 mod mobilenet_v2;
@@ -21,11 +21,12 @@ pub use container::read_tensors;
 pub use device::{ComputeDevice, Cost, Limits, Precision};
 #[cfg(feature = "cuda")]
 pub use kernels::gpu::cuda;
+pub use kernels::{rounded_values, Rounded};
 pub use lightglue::LightGlue;
 pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 #[cfg(feature = "cuda")]
 use mobilenet_v2::TAP_CHANNELS;
-pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, DIM, MIN_SIDE, TAPS};
+pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, RoundedNetwork, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
 #[cfg(feature = "cuda")]
 use rayon::prelude::*;
@@ -49,6 +50,8 @@ const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-street-v3.safetens
 
 /// Pictures that a network in 8 bits is shown: more, or larger ones, teach it nothing more.
 const PICTURES: u64 = 8;
+/// Their columns and rows.
+const PICTURE: (usize, usize) = (160, 120);
 
 /// A loaded model: network, preprocessing and identity.
 #[derive(Debug)]
@@ -71,7 +74,7 @@ impl Model {
     pub fn new(weights: Weights) -> Result<Self> {
         weights.spec.validate()?;
         let (device, precision) = (ComputeDevice::Cpu, Precision::F32);
-        let network = Network::new(&network(&weights)?, device, precision, &[])?;
+        let network = Network::new(&network(&weights)?, device, precision, None)?;
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);
         for (name, tensor) in &weights.tensors {
@@ -94,19 +97,27 @@ impl Model {
     /// Errors: a device that is not there, or does not compute so.
     pub fn on(mut self, device: ComputeDevice, precision: Precision) -> Result<Self> {
         if (device, precision) != (self.device, self.precision) {
-            let pictures = match precision {
-                Precision::Int8 => (0..PICTURES).map(|n| self.picture(n)).collect::<Result<Vec<_>>>()?,
-                _ => Vec::new(),
-            };
-            self.network = Network::new(&network(&self.weights)?, device, precision, &pictures)?;
+            let int8 = if precision == Precision::Int8 { Some(self.rounded()?) } else { None };
+            self.network = Network::new(&network(&self.weights)?, device, precision, int8.as_deref())?;
             (self.device, self.precision) = (device, precision);
         }
         Ok(self)
     }
 
+    /// Its 1x1 convolutions in 8 bits: those of its file, or else what theirs round to, fitted to made pictures.
+    ///
+    /// Errors: Candle's.
+    pub fn rounded(&self) -> Result<Cow<'_, RoundedNetwork>> {
+        if let Some(rounded) = &self.weights.int8 {
+            return Ok(Cow::Borrowed(rounded));
+        }
+        let pictures = (0..PICTURES).map(|n| self.picture(n)).collect::<Result<Vec<_>>>()?;
+        Ok(Cow::Owned(network(&self.weights)?.rounded(&pictures)?))
+    }
+
     /// A picture that shows the network in 8 bits what its values are like, 1 x 3 x H x W.
     fn picture(&self, n: u64) -> Result<Tensor> {
-        let image = leaves::picture(n)?;
+        let image = leaves::picture(n, PICTURE)?;
         let (w, h) = (image.width() as usize, image.height() as usize);
         Ok(Tensor::from_vec(self.normalised(&image), (1, 3, h, w), &Device::Cpu)?)
     }

@@ -70,5 +70,5 @@ pub(super) fn read(bytes: &[u8]) -> Result<RawFile> {
         tensors.insert(t.name, Raw { shape, values });
     }
     let nodes = graph.node.into_iter().map(|n| (n.op_type, n.input)).collect();
-    Ok(RawFile { tensors, metadata: HashMap::new(), nodes })
+    Ok(RawFile { nodes, ..RawFile::of(tensors) })
 }

@@ -101,7 +101,7 @@ fn a_batch_or_a_crumb_is_an_error_not_a_panic() {
 
 #[test]
 fn what_is_written_is_read_again_with_its_header() {
-    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 2e-3)] {
+    for (dtype, tolerance) in [(Precision::F32, 0.0), (Precision::F16, 2e-3)] {
         let mut weights = Weights::parse(&file(&tensorflow_tensors())).unwrap();
         weights.spec.name = "mine".into();
         weights.spec.similarity_threshold = Some(0.5);
@@ -211,13 +211,14 @@ fn int8_describes_as_f32_does() {
 /// fitted to.
 #[test]
 fn int8_is_fitted_to_what_layers_see() {
-    let full = Model::shipped().unwrap();
-    let fitted = Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
-    let mut blind = Model::shipped().unwrap();
-    blind.network = Network::new(&network(&blind.weights).unwrap(), ComputeDevice::Cpu, Precision::Int8, &[]).unwrap();
+    let full = v3();
+    let fitted = v3().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+    let mut blind = v3();
+    let net = network(&blind.weights).unwrap();
+    blind.network = Network::new(&net, ComputeDevice::Cpu, Precision::Int8, Some(&net.rounded(&[]).unwrap())).unwrap();
     let (mut with, mut without) = (0.0, 0.0);
     for n in 0..6 {
-        let image = leaves::picture(PICTURES + 100 + n).unwrap();
+        let image = leaves::picture(PICTURES + 100 + n, PICTURE).unwrap();
         let of = |model: &Model| {
             let (a, b) = (full.describe(&image).unwrap(), model.describe(&image).unwrap());
             1.0 - f64::from(crate::map::dot(a.as_slice(), b.as_slice()))
@@ -228,6 +229,67 @@ fn int8_is_fitted_to_what_layers_see() {
         without += blindly;
     }
     assert!(with < without / 4.0, "{with} {without}");
+}
+
+/// The model of the repository before its weights were in 8 bits.
+fn v3() -> Model {
+    Model::from_bytes(include_bytes!("../../models/structvpr-street-v3.safetensors")).unwrap()
+}
+
+#[test]
+fn a_file_in_8_bits_is_what_int8_computes_with_and_half_as_large() {
+    let mut weights = v3().weights().clone();
+    assert!(weights.to_bytes(Precision::Int8).unwrap_err().to_string().contains("have not been rounded"));
+    let before = v3().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+    weights.round(before.rounded().unwrap().into_owned()).unwrap();
+    let bytes = weights.to_bytes(Precision::Int8).unwrap();
+    assert_eq!(bytes, weights.to_bytes(Precision::Int8).unwrap(), "the same weights give the same bytes");
+    assert!(bytes.len() < weights.to_bytes(Precision::F16).unwrap().len() * 6 / 10, "{}", bytes.len());
+    let full = Model::from_bytes(&bytes).unwrap();
+    let int8 = Model::from_bytes(&bytes).unwrap().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+    let again = Weights::parse(&full.weights().to_bytes(Precision::Int8).unwrap()).unwrap();
+    assert_eq!(again.int8, full.weights().int8, "read and written again");
+    // Converted to f32 it stays the same model; its maps stay.
+    let wide = Model::from_bytes(&full.weights().to_bytes(Precision::F32).unwrap()).unwrap();
+    assert_eq!(wide.identity(), full.identity());
+    for n in 0..4 {
+        let image = leaves::picture(n, (320, 240)).unwrap();
+        let [full, int8, before, wide] = [&full, &int8, &before, &wide].map(|m| m.describe(&image).unwrap());
+        let apart = |a: &Descriptor, b: &Descriptor| 1.0 - f64::from(crate::map::dot(a.as_slice(), b.as_slice()));
+        // Depthwise convolutions and biases are rounded to f16 in the file alone; weights of the 1x1 are the same.
+        assert!(apart(&int8, &before) < 1e-3, "{}", apart(&int8, &before));
+        assert!(apart(&int8, &full) < 2e-3, "{}", apart(&int8, &full));
+        assert_eq!(full, wide);
+    }
+}
+
+#[test]
+fn what_is_wrong_in_a_file_in_8_bits_is_named() {
+    let mut weights = v3().weights().clone();
+    weights.round(v3().rounded().unwrap().into_owned()).unwrap();
+    let said = |change: &dyn Fn(&mut RoundedNetwork)| {
+        let mut weights = weights.clone();
+        change(weights.int8.as_mut().unwrap());
+        Weights::parse(&weights.to_bytes(Precision::Int8).unwrap()).map(|_| ()).unwrap_err().to_string()
+    };
+    let s = said(&|n| n.get_mut("blocks.3.expand").unwrap().steps[5] = 0.0);
+    assert!(s.contains("`blocks.3.expand.steps` holds 0"), "{s}");
+    let s = said(&|n| n.get_mut("blocks.3.expand").unwrap().scales[0] = f32::NAN);
+    assert!(s.contains("`blocks.3.expand.scales` holds NaN"), "{s}");
+    let s = said(&|n| n.get_mut("blocks.3.expand").unwrap().steps.fill(3e38));
+    assert!(s.contains("`blocks.3.expand.weight` stands for"), "{s}");
+    let s = said(&|n| n.get_mut("blocks.3.project").unwrap().codes[7] = -128);
+    assert!(s.contains("`blocks.3.project.weight` holds -128"), "{s}");
+    let s = said(&|n| drop(n.insert("blocks.3.project".into(), n["blocks.4.project"].clone())));
+    assert!(s.contains("blocks.3.project") && s.contains("[24, 144, 1, 1]") && s.contains("[32, 144, 1, 1]"), "{s}");
+    let s = said(&|n| drop(n.remove("blocks.3.project")));
+    assert!(s.contains("`blocks.3.project.weight` is not in 8 bits"), "{s}");
+    let e = weights.round(RoundedNetwork::new()).unwrap_err().to_string();
+    assert!(e.contains("blocks.1.project"), "{e}");
+    let mut short = v3().rounded().unwrap().into_owned();
+    short.get_mut("blocks.2.expand").unwrap().steps.pop();
+    let e = weights.round(short).unwrap_err().to_string();
+    assert!(e.contains("blocks.2.expand"), "{e}");
 }
 
 /// Maps hang on it: what a header may say more since then, and the whitening that others have, must leave it.
@@ -266,7 +328,7 @@ fn whitening_is_applied_kept_in_the_file_and_part_of_the_identity() {
     };
     let (before, after) = (mean_similarity(&plain), mean_similarity(&white));
     assert!(before > 0.9 && after < 0.3, "{before} -> {after}");
-    for (dtype, tolerance) in [(DType::F32, 0.0), (DType::F16, 5e-3)] {
+    for (dtype, tolerance) in [(Precision::F32, 0.0), (Precision::F16, 5e-3)] {
         let back = Model::from_bytes(&weights.to_bytes(dtype).unwrap()).unwrap();
         assert_eq!(back.spec().min_margin, Some(0.05));
         let again = back.describe_tensor(&x).unwrap();

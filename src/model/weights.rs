@@ -3,13 +3,16 @@
 //! All end as the same thing: a [`ModelSpec`] and one folded weight and bias per convolution, by
 //! our names. Memory is bounded by the file's own size (times two where f16 becomes f32).
 
-use super::container::{write_safetensors, RawFile};
-use super::mobilenet_v2::{conv_specs, Padding, MIN_SIDE};
+use super::container::{write_safetensors, RawFile, Written};
+use super::device::Precision;
+use super::kernels::Rounded;
+use super::mobilenet_v2::{conv_specs, ConvSpec, Padding, RoundedNetwork, MIN_SIDE};
 use super::pooling::Pooling;
 use super::whitening::Whitening;
 use crate::config::Recommended;
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -17,6 +20,8 @@ use std::collections::BTreeMap;
 pub const ARCHITECTURE: &str = "structvpr_mobilenet_v2_448";
 /// Version of our safetensors header.
 pub const FORMAT: &str = "1";
+/// The same of files whose 1x1 convolutions are in 8 bits, which programs before they were there do not read.
+pub const FORMAT_INT8: &str = "2";
 /// Largest input side; bounds what a lying header can make us allocate.
 pub const MAX_SIDE: usize = 4096;
 
@@ -135,6 +140,8 @@ pub struct Weights {
     pub spec: ModelSpec,
     /// `NAME.weight` and `NAME.bias` of every convolution.
     pub tensors: BTreeMap<String, Tensor>,
+    /// The 1x1 convolutions in 8 bits, where the file has them so: `tensors` hold what they stand for.
+    pub int8: Option<RoundedNetwork>,
     /// What is done to the joined taps.
     pub whitening: Option<Whitening>,
     /// Which layout was recognised.
@@ -163,18 +170,52 @@ impl Weights {
         }
     }
 
-    /// Our safetensors, tensors in f16 or f32, sorted by name: the same weights give the same bytes.
+    /// Has its 1x1 convolutions be these in 8 bits from now on, whatever it computes in.
     ///
-    /// Errors: another `dtype`, or what the format's crate says.
-    pub fn to_bytes(&self, dtype: DType) -> Result<Vec<u8>> {
+    /// Errors: one that is missing in `int8`, or of another shape.
+    pub fn round(&mut self, int8: RoundedNetwork) -> Result<()> {
+        for spec in conv_specs().iter().filter(|s| s.is_pointwise()) {
+            let wrong = || Error::weights(format!("`{}` is not in 8 bits, or of another shape", spec.name));
+            let fits = |r: &&Rounded| {
+                [r.bias.len(), r.scales.len()] == spec.shape[..2]
+                    && r.steps.len() == r.bias.len()
+                    && r.codes.len() == r.bias.len() * r.scales.len()
+            };
+            let rounded = int8.get(&spec.name).filter(fits).ok_or_else(wrong)?;
+            self.tensors.insert(format!("{}.weight", spec.name), Tensor::from_vec(rounded.weights(), spec.shape.to_vec(), &Device::Cpu)?);
+            self.tensors.insert(format!("{}.bias", spec.name), Tensor::from_slice(&rounded.bias, spec.shape[0], &Device::Cpu)?);
+        }
+        self.int8 = Some(int8);
+        Ok(())
+    }
+
+    /// Our safetensors, sorted by name: the same weights give the same bytes. `int8` is that of the 1x1 convolutions' weights, nine
+    /// tenths of all; what else there is is f16 then.
+    ///
+    /// Errors: 8 bits of weights that have none ([`Weights::round`]), or what the format's crate says.
+    pub fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>> {
         self.spec.validate()?;
         let spec = serde_json::to_string(&self.spec).map_err(|e| Error::weights(e.to_string()))?;
-        let header = format!("{{\"architecture\":\"{ARCHITECTURE}\",\"version\":\"{FORMAT}\",\"spec\":{spec}}}");
         let mut tensors = self.tensors.clone();
+        let (mut more, mut version) = (Vec::<Written>::new(), FORMAT);
+        if precision == Precision::Int8 {
+            version = FORMAT_INT8;
+            let int8 = self.int8.as_ref().ok_or_else(|| Error::weights("these weights have not been rounded to 8 bits"))?;
+            let floats = |v: &[f32]| v.iter().flat_map(|v| v.to_le_bytes()).collect();
+            for (name, Rounded { codes, steps, scales, .. }) in int8 {
+                tensors.remove(&format!("{name}.weight"));
+                let codes = codes.iter().flat_map(|c| c.to_le_bytes()).collect();
+                more.push((format!("{name}.weight"), Dtype::I8, vec![steps.len(), scales.len(), 1, 1], codes));
+                more.push((format!("{name}.steps"), Dtype::F32, vec![steps.len()], floats(steps)));
+                more.push((format!("{name}.scales"), Dtype::F32, vec![scales.len()], floats(scales)));
+            }
+        }
+        let header = format!("{{\"architecture\":\"{ARCHITECTURE}\",\"version\":\"{version}\",\"spec\":{spec}}}");
         if let Some(whitening) = &self.whitening {
             whitening.put(&mut tensors)?;
         }
-        write_safetensors(&tensors, dtype, "structvpr.format", header)
+        let dtype = if precision == Precision::F32 { DType::F32 } else { DType::F16 };
+        write_safetensors(&tensors, dtype, more, "structvpr.format", header)
     }
 }
 
@@ -192,21 +233,56 @@ fn ours(mut file: RawFile) -> Result<Weights> {
     if header.architecture != ARCHITECTURE {
         return Err(Error::weights(format!("architecture `{}`; this version reads `{ARCHITECTURE}`", header.architecture)));
     }
-    if header.version != FORMAT {
-        return Err(Error::weights(format!("header version {}; this version reads {FORMAT}", header.version)));
+    if ![FORMAT, FORMAT_INT8].contains(&header.version.as_str()) {
+        return Err(Error::weights(format!("header version {}; this version reads {FORMAT} and {FORMAT_INT8}", header.version)));
     }
     header.spec.validate()?;
     let mut tensors = BTreeMap::new();
+    let mut int8 = RoundedNetwork::new();
     for spec in conv_specs() {
-        for (kind, shape) in [("weight", spec.shape.to_vec()), ("bias", vec![spec.shape[0]])] {
-            let name = format!("{}.{kind}", spec.name);
-            let values = file.take(&name, &shape, LAYOUT)?;
-            tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu)?);
+        let (weight, bias) = (format!("{}.weight", spec.name), format!("{}.bias", spec.name));
+        let values = file.take(&bias, &spec.shape[..1], LAYOUT)?;
+        tensors.insert(bias, Tensor::from_slice(&values, spec.shape[0], &Device::Cpu)?);
+        if header.version == FORMAT_INT8 && spec.is_pointwise() {
+            int8.insert(spec.name.clone(), rounded(&mut file, &spec, values, LAYOUT)?);
+        } else {
+            let values = file.take(&weight, &spec.shape, LAYOUT)?;
+            tensors.insert(weight, Tensor::from_vec(values, spec.shape.to_vec(), &Device::Cpu)?);
         }
     }
     let whitening = Whitening::take(&mut file, LAYOUT)?;
     file.refuse_rest(LAYOUT, |_| false)?;
-    Ok(Weights { spec: header.spec, tensors, whitening, layout: LAYOUT })
+    let mut weights = Weights { spec: header.spec, tensors, int8: None, whitening, layout: LAYOUT };
+    if header.version == FORMAT_INT8 {
+        weights.round(int8)?;
+    }
+    Ok(weights)
+}
+
+/// A 1x1 convolution of a file in 8 bits.
+///
+/// Errors: what is missing or misshapen, steps that are not above zero, -128, weights too large for f32.
+fn rounded(file: &mut RawFile, spec: &ConvSpec, bias: Vec<f32>, layout: &'static str) -> Result<Rounded> {
+    let name = format!("{}.weight", spec.name);
+    let codes = match file.take_codes(&name, &spec.shape)? {
+        Some(codes) if codes.contains(&i8::MIN) => return Err(Error::weights(format!("tensor `{name}` holds -128, which is no code"))),
+        Some(codes) => codes,
+        None if file.tensors.contains_key(&name) => return Err(Error::weights(format!("tensor `{name}` is not in 8 bits (I8)"))),
+        None => return Err(Error::TensorMissing { name, layout }),
+    };
+    let mut above_zero = |kind: &str, n: usize| -> Result<Vec<f32>> {
+        let name = format!("{}.{kind}", spec.name);
+        let values = file.take(&name, &[n], layout)?;
+        match values.iter().find(|v| **v <= 0.0) {
+            Some(v) => Err(Error::weights(format!("tensor `{name}` holds {v}, which is not above zero"))),
+            None => Ok(values),
+        }
+    };
+    let rounded = Rounded { codes, steps: above_zero("steps", spec.shape[0])?, scales: above_zero("scales", spec.shape[1])?, bias };
+    match rounded.weights().iter().find(|v| !v.is_finite()) {
+        Some(v) => Err(Error::weights(format!("tensor `{name}` stands for {v}"))),
+        None => Ok(rounded),
+    }
 }
 
 /// PyTorch's default epsilon of `BatchNorm2d`.
@@ -232,7 +308,7 @@ fn torchvision(mut file: RawFile) -> Result<Weights> {
     file.refuse_rest(LAYOUT, |name| {
         name.ends_with(".num_batches_tracked") || name.starts_with("features.18.") || name.starts_with("classifier.")
     })?;
-    Ok(Weights { spec: ModelSpec::torchvision(), tensors, whitening: None, layout: LAYOUT })
+    Ok(Weights { spec: ModelSpec::torchvision(), tensors, int8: None, whitening: None, layout: LAYOUT })
 }
 
 fn tensorflow(mut file: RawFile) -> Result<Weights> {
@@ -245,5 +321,5 @@ fn tensorflow(mut file: RawFile) -> Result<Weights> {
         }
     }
     file.refuse_rest(LAYOUT, |name| name.starts_with("conv51.") || name.starts_with("conv52."))?;
-    Ok(Weights { spec: ModelSpec::tensorflow(), tensors, whitening: None, layout: LAYOUT })
+    Ok(Weights { spec: ModelSpec::tensorflow(), tensors, int8: None, whitening: None, layout: LAYOUT })
 }

@@ -3,6 +3,7 @@
 
 use super::container::RawFile;
 use super::mobilenet_v2::DIM;
+use super::pooling::l2_normalize;
 use crate::descriptor::Descriptor;
 use crate::error::{Error, Result};
 use candle_core::{Device, Tensor};
@@ -69,6 +70,15 @@ impl Whitening {
             out.iter_mut().zip(column).for_each(|(o, w)| *o += v * w);
         }
         out
+    }
+
+    /// The same of rows, N x [`DIM`], then normalised; with gradients, for training.
+    ///
+    /// Errors: Candle's.
+    pub fn of(&self, rows: &Tensor) -> candle_core::Result<Tensor> {
+        let mean = Tensor::from_slice(&self.mean, (1, DIM), &Device::Cpu)?;
+        let matrix = Tensor::from_slice(&self.matrix, (DIM, DIM), &Device::Cpu)?;
+        l2_normalize(&rows.broadcast_sub(&mean)?.matmul(&matrix)?)
     }
 
     /// Takes its tensors out of a file, which may have none.
@@ -146,7 +156,10 @@ mod tests {
     fn a_file_keeps_it_and_half_of_one_is_refused() {
         let whitening = Whitening::fit(&descriptors(MIN_DESCRIPTORS)).unwrap();
         let raw = |tensors: &BTreeMap<String, Tensor>| {
-            RawFile::parse(&super::super::container::write_safetensors(tensors, candle_core::DType::F32, "k", "v".into()).unwrap()).unwrap()
+            RawFile::parse(
+                &super::super::container::write_safetensors(tensors, candle_core::DType::F32, Vec::new(), "k", "v".into()).unwrap(),
+            )
+            .unwrap()
         };
         let mut tensors = BTreeMap::new();
         whitening.put(&mut tensors).unwrap();

@@ -208,13 +208,28 @@ fn bad_arguments_and_files_are_one_clear_line() {
 fn convert_writes_what_every_command_loads() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("m.safetensors");
-    let shipped = root().join("models/structvpr-street-v3.safetensors");
-    let (shipped, out) = (shipped.to_str().unwrap(), out.to_str().unwrap());
+    let v3 = root().join("models/structvpr-street-v3.safetensors");
+    let (shipped, out) = (v3.to_str().unwrap(), out.to_str().unwrap());
     let said = ok(&["convert", shipped, "--out", out, "--dtype", "f16", "--input-size", "96x64", "--pooling", "avg", "--license", "MIT"]);
     assert!(said.contains("\"input_width\": 96") && said.contains("\"kind\": \"average\"") && said.contains("sha256"), "{said}");
     assert!(ok(&["convert", out, "--out", out]).contains("structvpr layout"));
     // What was measured with another pooling is not passed on.
     assert!(said.contains("\"similarity_threshold\": null"), "{said}");
+    // In 8 bits half of f16's bytes, whose descriptors in int8 are nearly those in f32.
+    let half = std::fs::metadata(out).unwrap().len();
+    ok(&["convert", shipped, "--out", out, "--dtype", "int8", "--name", "eight"]);
+    assert!(std::fs::metadata(out).unwrap().len() < half * 6 / 10);
+    drives(dir.path());
+    let described = |compute: &str| {
+        let (day, npz) = (dir.path().join("day"), dir.path().join(format!("{compute}.npz")));
+        ok(&["describe", day.to_str().unwrap(), "--model", out, "--compute", compute, "--out", npz.to_str().unwrap()]);
+        structvpr::eval::read_npz_matrices(&std::fs::read(npz).unwrap()).unwrap().remove("descriptors").unwrap()
+    };
+    let (a, b) = (described("f32"), described("int8"));
+    for (a, b) in a.data.chunks(a.cols).zip(b.data.chunks(b.cols)) {
+        let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+        assert!(cosine > 0.998, "{cosine}");
+    }
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "5x5"]).contains("5x5"));
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "big"]).contains("WxH"));
     assert!(fails(&["convert", shipped, "--out", "/nowhere/m.safetensors"]).contains("/nowhere"));

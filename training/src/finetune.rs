@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use structvpr::descriptor::Descriptor;
 use structvpr::error::{read_file, write_file};
 use structvpr::eval::{rank_all, recall_at};
-use structvpr::model::{MobileNetV2, Model, Weights};
+use structvpr::model::{MobileNetV2, Model, Precision, Weights};
 
 /// Seeds of training worlds begin here; those of validation at [`VALIDATION_WORLDS`], the demo's
 /// below 1000: no street is in two of them.
@@ -106,7 +106,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let model = Model::new(weights.clone())?;
     println!("after: {}", validate(&model, args)?);
-    write_file(&args.out, &weights.to_bytes(DType::F16)?)?;
+    write_file(&args.out, &weights.to_bytes(Precision::F16)?)?;
     println!("written: {}", args.out.display());
     Ok(())
 }

@@ -255,7 +255,7 @@ impl Learner {
             _ => CorePooling::Gem { p: f64::from(branch.power.to_vec1::<f32>()?[0]) },
         };
         spec.training_data = trained_on.to_string();
-        Ok(Weights { spec, tensors, whitening: None, layout: "structvpr" })
+        Ok(Weights { spec, tensors, int8: None, whitening: None, layout: "structvpr" })
     }
 }
 

@@ -17,6 +17,7 @@ pub mod places;
 pub mod rank;
 pub mod recipe;
 pub mod report;
+pub mod round;
 pub mod sampler;
 pub mod segment;
 pub mod slme;

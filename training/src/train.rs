@@ -554,7 +554,7 @@ pub fn loader(recipe: &Recipe, sets: &[&Set]) -> Result<Loader> {
 
 /// Writes the model that the node loads.
 pub fn export(learner: &Learner, path: &Path, trained_on: &str) -> Result<()> {
-    crate::checkpoint::write_whole(path, &learner.export(trained_on)?.to_bytes(DType::F32)?)
+    crate::checkpoint::write_whole(path, &learner.export(trained_on)?.to_bytes(structvpr::model::Precision::F32)?)
 }
 
 #[cfg(test)]

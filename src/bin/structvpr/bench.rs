@@ -420,7 +420,7 @@ fn descriptor(args: &Args, model: &Model, runtime: Runtime) -> Result<Row> {
     let peer = if args.peers {
         let data = x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
         std::fs::write(dir.path().join("input.npy"), write_npy(&Matrix { rows: 3 * h, cols: w, data }))?;
-        std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
+        std::fs::write(dir.path().join("model.safetensors"), model.weights().to_bytes(Precision::F32)?)?;
         Some(Peer::start(args, "descriptor.py", &[dir.path(), Path::new(script)])?)
     } else {
         None
@@ -505,7 +505,7 @@ fn gpu_peer(args: &Args, model: &Model, images: &[RgbImage], ours: &[Descriptor]
     let data = images.iter().flat_map(|i| i.data()).map(|v| f64::from(*v)).collect();
     std::fs::write(dir.join("input.npy"), write_npy(&Matrix { rows: n * h, cols: 3 * w, data }))?;
     std::fs::write(dir.join("shape.txt"), format!("{n} {h} {w}"))?;
-    std::fs::write(dir.join("model.safetensors"), model.weights().to_bytes(candle_core::DType::F32)?)?;
+    std::fs::write(dir.join("model.safetensors"), model.weights().to_bytes(Precision::F32)?)?;
     let (device, precision) = (args.device.to_string(), model.precision().to_string());
     let mut peer = Peer::start(args, "descriptor_torch.py", &[dir, Path::new(&device), Path::new(&precision)])?;
     BATCHES.iter().try_for_each(|n| peer.round_of(&n.to_string()).map(drop))?;

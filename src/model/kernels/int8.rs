@@ -1,23 +1,14 @@
 //! 1x1 convolution on 8-bit numbers: sums of products are exact integers, the same on every instruction set; what is lost is lost
 //! in rounding weights (each output channel has its own step) and values.
-//!
-//! Values get their step from the pixel's largest. Weights of one output channel span orders of magnitude, for some input channels are
-//! hardly ever active: a part of that, on a logarithmic scale, is handed to the values (SmoothQuant's balance,
-//! <https://arxiv.org/abs/2211.10438>; the exponent is ours).
-//!
-//! What rounding does to a value differs from pixel to pixel and goes in the mean. What it does to a weight is there in every pixel: as
-//! much of it as falls on the mean of what the weight sees is taken back with the bias (Nagel et al., ICCV 2019), which leaves a
-//! sixteenth of the descriptor's error, as squares [ours: of photographs of CamVid, by means from made pictures].
 
 use super::aligned::Aligned;
 use super::pointwise::{activate, padded, Panel, Tile, UNIT};
+use super::rounding::{Rounded, MOST, MOST_UNSIGNED};
 use super::vector::Vector;
 use super::{Activation, Isa};
 
 /// Codes that one product takes: what an instruction sums up.
 pub(super) const FOUR: usize = 4;
-/// The exponent of a channel's largest weight that is handed to its values.
-const HANDED_OVER: f32 = 0.65;
 /// The code of zero where values have a sign.
 const ZERO: i32 = 128;
 
@@ -41,47 +32,32 @@ pub(super) struct Packed8 {
 }
 
 impl Packed8 {
-    /// From `weights`, O x I, and `bias`, O. `means`: of the inputs, or empty. `signed`: inputs may be negative.
-    pub fn new(weights: &[f32], bias: &[f32], means: &[f32], signed: bool, isa: Isa) -> Self {
-        let inputs = weights.len() / bias.len().max(1);
+    /// For one instruction set. `signed`: inputs may be negative.
+    pub fn new(rounded: &Rounded, signed: bool, isa: Isa) -> Self {
+        let inputs = rounded.scales.len();
         let padded_inputs = padded(inputs);
-        let units = bias.len().div_ceil(UNIT);
+        let units = rounded.bias.len().div_ceil(UNIT);
         let (panels, _) = Panel::of(units, padded_inputs, isa);
         let mut codes = Aligned::new(padded_inputs * units * UNIT);
-        let (mut steps, mut start) = (vec![0f32; units * UNIT], vec![0; units * UNIT]);
-        let mut scales = vec![1f32; padded_inputs];
-        for (i, scale) in scales.iter_mut().enumerate().take(inputs) {
-            let largest = weights.iter().skip(i).step_by(inputs).fold(0f32, |m, w| m.max(w.abs()));
-            if largest.is_normal() {
-                *scale = largest.powf(HANDED_OVER);
-            }
-        }
-        let mut wide = bias.to_vec();
-        for (o, row) in weights.chunks_exact(inputs).enumerate() {
-            let row: Vec<f32> = row.iter().zip(&scales).map(|(w, s)| w / s).collect();
-            let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
-            // A code is always a number: what is none shows in the step.
-            let step = match largest {
-                _ if row.iter().any(|v| !v.is_finite()) => f32::NAN,
-                0.0 => 1.0,
-                largest => largest / 127.0,
-            };
-            steps[o] = step;
+        let mut start = vec![0; units * UNIT];
+        for (o, row) in rounded.codes.chunks_exact(inputs.max(1)).enumerate() {
             let Some(panel) = panels.iter().find(|p| (p.unit..p.unit + p.units).contains(&(o / UNIT))) else { continue };
-            for (i, w) in row.iter().enumerate() {
-                let code = (w / step).round() as i8;
+            for (i, code) in row.iter().enumerate() {
                 let lane = o - panel.unit * UNIT;
-                codes.values_mut()[panel.weights + (i / FOUR * panel.units * UNIT + lane) * FOUR + i % FOUR] = code;
+                codes.values_mut()[panel.weights + (i / FOUR * panel.units * UNIT + lane) * FOUR + i % FOUR] = *code;
                 if signed {
-                    start[o] -= ZERO * i32::from(code);
-                }
-                if let Some(mean) = means.get(i) {
-                    wide[o] += (w - f32::from(code) * step) * scales[i] * mean;
+                    start[o] -= ZERO * i32::from(*code);
                 }
             }
         }
-        wide.resize(units * UNIT, 0.0);
-        Self { inputs: padded_inputs, outputs: units * UNIT, panels, weights: codes, steps, bias: wide, scales, start }
+        let wide = |v: &[f32], n: usize, rest: f32| {
+            let mut v = v.to_vec();
+            v.resize(n, rest);
+            v
+        };
+        let (steps, bias) = (wide(&rounded.steps, units * UNIT, 0.0), wide(&rounded.bias, units * UNIT, 0.0));
+        let scales = wide(&rounded.scales, padded_inputs, 1.0);
+        Self { inputs: padded_inputs, outputs: units * UNIT, panels, weights: codes, steps, bias, scales, start }
     }
 
     /// Number of panels: each is one pass.
@@ -113,7 +89,7 @@ pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], packe
                 largest = largest.at_least(size);
             }
             let largest = largest.highest();
-            let (most, zero) = if SIGNED { (127.0, ZERO as f32) } else { (255.0, 0.0) };
+            let (most, zero) = if SIGNED { (MOST, ZERO as f32) } else { (MOST_UNSIGNED, 0.0) };
             *step = largest / most;
             let (scale, zero) = (V::splat(most / largest), V::splat(zero));
             for c in (0..channels).step_by(V::LANES) {
@@ -255,6 +231,7 @@ impl Tile for Call {
 
 #[cfg(test)]
 mod tests {
+    use super::super::rounded_values;
     use super::*;
     use proptest::prelude::*;
 
@@ -318,7 +295,7 @@ mod tests {
             let values: Vec<f32> = (0..pixels * wide).map(|i| of(i / wide, i % wide)).collect();
             let added = if residual { noise(seed ^ 3, pixels * padded(outputs)) } else { Vec::new() };
             for isa in Isa::available() {
-                let packed = Packed8::new(&weights, &bias, &means, signed, isa);
+                let packed = Packed8::new(&Rounded::new(&weights, &bias, &means), signed, isa);
                 let got = match isa {
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx512 if std::arch::is_x86_feature_detected!("avx512vnni") => {
@@ -362,11 +339,35 @@ mod tests {
         }
     }
 
+    proptest! {
+        /// A layer is the plain one of [`rounded_values`] and [`Rounded::weights`], which is what training fits.
+        #[test]
+        fn a_layer_is_what_training_fits(inputs in 1usize..80, outputs in 1usize..60, pixels in 1usize..20, signed: bool, seed in any::<u64>()) {
+            let noise = |seed: u64, n: usize| -> Vec<f32> { (0..n as u64).map(|i| crate::test_noise(seed, i)).collect() };
+            let rounded = Rounded::new(&noise(seed, inputs * outputs), &noise(seed ^ 1, outputs), &noise(seed ^ 2, inputs));
+            let wide = padded(inputs);
+            let x: Vec<f32> = noise(seed ^ 3, inputs * pixels).into_iter().map(|v| if signed { v } else { v.abs() }).collect();
+            let values: Vec<f32> = (0..pixels * wide).map(|i| if i % wide < inputs { x[i % wide * pixels + i / wide] } else { 0.0 }).collect();
+            // SAFETY: plain arrays need no instruction set.
+            let got = unsafe { layer::<[f32; 4]>(&Packed8::new(&rounded, signed, Isa::Portable), &values, signed, &[], false) };
+            let x = candle_core::Tensor::from_vec(x, (1, inputs, 1, pixels), &candle_core::Device::Cpu).unwrap();
+            let x = rounded_values(&x, &rounded.scales.clone().into(), signed).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let weights = rounded.weights();
+            for (p, o) in (0..pixels).flat_map(|p| (0..outputs).map(move |o| (p, o))) {
+                let terms = (0..inputs).map(|i| f64::from(weights[o * inputs + i]) * f64::from(x[i * pixels + p]));
+                let want = terms.sum::<f64>() + f64::from(rounded.bias[o]);
+                // A value at a tie may fall either way.
+                let tie = weights[o * inputs..][..inputs].iter().fold(0f32, |m, w| m.max(w.abs())) / 60.0;
+                prop_assert!((f64::from(got[p * padded(outputs) + o]) - want).abs() < 1e-3 + f64::from(tie), "{} {want}", got[p * padded(outputs) + o]);
+            }
+        }
+    }
+
     #[test]
     fn a_weight_that_is_no_number_is_not_hidden() {
         let mut weights = vec![0.5f32; 20];
         weights[7] = f32::NAN;
-        let packed = Packed8::new(&weights, &[0.0], &[], false, Isa::Portable);
+        let packed = Packed8::new(&Rounded::new(&weights, &[0.0], &[]), false, Isa::Portable);
         // SAFETY: plain arrays need no instruction set.
         let out = unsafe { layer::<[f32; 4]>(&packed, &[9.0; 32], false, &[], true) };
         assert!(out[0].is_nan());

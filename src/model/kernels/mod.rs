@@ -13,6 +13,7 @@ mod int8;
 mod plan;
 mod pointwise;
 mod powers;
+mod rounding;
 mod rows;
 mod vector;
 mod winograd;
@@ -22,6 +23,7 @@ pub use depthwise::depthwise3x3;
 pub use direct::Conv;
 pub use plan::{Plan, PlanBlock};
 pub use pointwise::Products;
+pub use rounding::{rounded_values, Rounded};
 pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};

@@ -13,6 +13,7 @@ use super::aligned::Aligned;
 use super::int8::{encode, panel8, Codes, Packed8};
 use super::pointwise::{padded, panel, Packed, Pixels};
 use super::powers::add_powers;
+use super::rounding::Rounded;
 use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
 use super::vector::Vector;
 use super::{dispatch, Activation, Isa, Pad};
@@ -36,10 +37,8 @@ pub struct PlanBlock<'a> {
     pub residual: bool,
     /// Whether the output is tapped.
     pub tap: bool,
-    /// Mean of each channel that the expansion sees, for 8 bits; empty: nothing is known.
-    pub expand_sees: &'a [f32],
-    /// The same of the projection.
-    pub project_sees: &'a [f32],
+    /// Expansion and projection in 8 bits, which then stand for `expand` and `project`.
+    pub rounded: Option<(Option<&'a Rounded>, &'a Rounded)>,
 }
 
 #[derive(Debug)]
@@ -97,31 +96,25 @@ const WHOLE: usize = 3 << 19;
 const GROUP: usize = 80;
 
 impl Plan {
-    /// From the stem's weight (32 x 27) and bias, and the blocks; with `int8` the 1x1 convolutions are products of 8-bit codes. `pads` gives the border of a 3x3 at height, width and
-    /// stride; at most one row and column at the top and left.
-    pub fn new(int8: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), int8, stem, blocks, pads)
+    /// From the stem's weight (32 x 27) and bias, and the blocks, of which either all are in 8 bits, or none. `pads` gives the border
+    /// of a 3x3 at height, width and stride; at most one row and column at the top and left.
+    pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        Self::on(Isa::detect(), stem, blocks, pads)
     }
 
-    fn on(isa: Isa, int8: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+    fn on(isa: Isa, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        let int8 = blocks.iter().any(|b| b.rounded.is_some());
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
         let isa = if int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
-        let pack = |(weight, bias): (&[f32], &[f32]), means: &[f32], signed| {
-            let inputs = weight.len() / bias.len().max(1);
-            if int8 {
-                Pointwise::Int8(Packed8::new(weight, bias, means, signed, isa))
-            } else {
-                Pointwise::F32(Packed::new(weight, bias, inputs, isa))
-            }
-        };
+        let pack = |(weight, bias): (&[f32], &[f32])| Pointwise::F32(Packed::new(weight, bias, weight.len() / bias.len().max(1), isa));
+        let pack8 = |rounded: &Rounded, signed| Pointwise::Int8(Packed8::new(rounded, signed, isa));
         let block = |b: &PlanBlock| {
-            let project = pack(b.project, b.project_sees, false);
-            let scales: &[f32] = match &project {
-                Pointwise::Int8(packed) => &packed.scales,
-                Pointwise::F32(_) => &[],
+            let (expand, project, scales) = match b.rounded {
+                Some((expand, project)) => (expand.map(|e| pack8(e, true)), pack8(project, false), &project.scales[..]),
+                None => (b.expand.map(pack), pack(b.project), &[][..]),
             };
             Block {
-                expand: b.expand.map(|e| pack(e, b.expand_sees, true)),
+                expand,
                 depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1, scales),
                 project,
                 outputs: b.project.1.len(),
@@ -888,6 +881,8 @@ mod tests {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
+            let of = |w: &(Vec<f32>, Vec<f32>)| Rounded::new(&w.0, &w.1, &[]);
+            let rounded: Vec<_> = self.blocks.iter().map(|[expand, _, project]| (of(expand), of(project))).collect();
             let mut blocks = Vec::new();
             for (at, [expand, depthwise, project]) in self.blocks.iter().enumerate() {
                 blocks.push(PlanBlock {
@@ -897,11 +892,10 @@ mod tests {
                     stride: self.strides[at],
                     residual: self.residual(at),
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
-                    expand_sees: &[],
-                    project_sees: &[],
+                    rounded: int8.then(|| ((at > 0).then_some(&rounded[at].0), &rounded[at].1)),
                 });
             }
-            Plan::on(isa, int8, slices(&self.stem), &blocks, pads)
+            Plan::on(isa, slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
