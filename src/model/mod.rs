@@ -48,6 +48,9 @@ use std::borrow::Cow;
 /// The model in the repository: what the commands use when none is given.
 const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-street-v3.safetensors");
 
+/// Its 1x1 convolutions in 8 bits, fitted to its descriptors by `training round`.
+const SHIPPED_INT8: &[u8] = include_bytes!("../../models/structvpr-street-v3-int8.safetensors");
+
 /// Pictures that a network in 8 bits is shown: more, or larger ones, teach it nothing more.
 const PICTURES: u64 = 8;
 /// Their columns and rows.
@@ -104,15 +107,27 @@ impl Model {
         Ok(self)
     }
 
-    /// Its 1x1 convolutions in 8 bits: those of its file, or else what theirs round to, fitted to made pictures.
+    /// Its 1x1 convolutions in 8 bits: those of its file; those that were fitted to the model of the repository, if it is this one; or
+    /// else the nearest.
     ///
     /// Errors: Candle's.
     pub fn rounded(&self) -> Result<Cow<'_, RoundedNetwork>> {
         if let Some(rounded) = &self.weights.int8 {
             return Ok(Cow::Borrowed(rounded));
         }
+        let fitted = Weights::parse(SHIPPED_INT8)?;
+        match fitted.int8 {
+            Some(fitted_codes) if fitted.spec.rounded_from.as_ref() == Some(&self.identity.sha256) => Ok(Cow::Owned(fitted_codes)),
+            _ => Ok(Cow::Owned(self.nearest()?)),
+        }
+    }
+
+    /// The codes nearest to its 1x1 convolutions' weights, with biases fitted to made pictures.
+    ///
+    /// Errors: Candle's.
+    pub fn nearest(&self) -> Result<RoundedNetwork> {
         let pictures = (0..PICTURES).map(|n| self.picture(n)).collect::<Result<Vec<_>>>()?;
-        Ok(Cow::Owned(network(&self.weights)?.rounded(&pictures)?))
+        Ok(network(&self.weights)?.rounded(&pictures)?)
     }
 
     /// A picture that shows the network in 8 bits what its values are like, 1 x 3 x H x W.

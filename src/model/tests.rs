@@ -231,9 +231,31 @@ fn int8_is_fitted_to_what_layers_see() {
     assert!(with < without / 4.0, "{with} {without}");
 }
 
-/// The model of the repository before its weights were in 8 bits.
+/// The model of the repository under another name, so that it is another model, and what was fitted to that one is not its.
 fn v3() -> Model {
-    Model::from_bytes(include_bytes!("../../models/structvpr-street-v3.safetensors")).unwrap()
+    let mut weights = Model::shipped().unwrap().weights().clone();
+    weights.spec.name = "other".into();
+    Model::new(weights).unwrap()
+}
+
+#[test]
+fn the_shipped_model_has_codes_fitted_to_it() {
+    let (shipped, other) = (Model::shipped().unwrap(), v3());
+    assert_ne!(shipped.identity().sha256, other.identity().sha256);
+    let fitted = Weights::parse(SHIPPED_INT8).unwrap();
+    assert!(SHIPPED_INT8.len() < SHIPPED.len() * 6 / 10 && fitted.whitening == shipped.weights().whitening);
+    assert!(*shipped.rounded().unwrap() == fitted.int8.unwrap() && *other.rounded().unwrap() == other.nearest().unwrap());
+    let int8 = |m: Model| m.on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+    let (full, fitted, nearest) = (shipped, int8(Model::shipped().unwrap()), int8(other));
+    let (mut near, mut nearest_off) = (0.0, 0.0);
+    for n in 0..6 {
+        let image = leaves::picture(500 + n, (320, 240)).unwrap();
+        let want = full.describe(&image).unwrap();
+        let off = |m: &Model| 1.0 - f64::from(crate::map::dot(want.as_slice(), m.describe(&image).unwrap().as_slice()));
+        near += off(&fitted);
+        nearest_off += off(&nearest);
+    }
+    assert!(near < 0.5 * nearest_off, "{near} {nearest_off}");
 }
 
 #[test]

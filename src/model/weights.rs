@@ -60,6 +60,9 @@ pub struct ModelSpec {
     /// The same of `keyframe.min_descriptor_change`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_descriptor_change: Option<f32>,
+    /// Identity (SHA-256) of the model whose descriptors these weights, in 8 bits, were fitted to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rounded_from: Option<String>,
 }
 
 impl ModelSpec {
@@ -116,6 +119,7 @@ impl ModelSpec {
             similarity_threshold: None,
             min_margin: None,
             min_descriptor_change: None,
+            rounded_from: None,
         }
     }
 

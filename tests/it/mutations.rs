@@ -269,6 +269,8 @@ fn make_seeds() {
     // The header and the first tensors: what lies is the header.
     let shipped = of("models/structvpr-street-v3.safetensors");
     write("weights", "safetensors", &shipped[..shipped.len().min(24_000)]);
+    let int8 = of("models/structvpr-street-v3-int8.safetensors");
+    write("weights", "int8.safetensors", &int8[..int8.len().min(40_000)]);
     let small = br#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"F16","shape":[1],"data_offsets":[16,18]}}"#;
     write("weights", "small.safetensors", &[&(small.len() as u64).to_le_bytes()[..], small, &[7; 18]].concat());
     // ONNX: graph (7) { initializer (5) { dims (1): 2, data_type (2): float, name (8): "a", raw_data (9): 8 bytes } }.

@@ -32,7 +32,7 @@ pub struct Args {
     /// Where to write the rounded one.
     #[arg(long)]
     out: PathBuf,
-    /// Name in its header; the model's own if none is given.
+    /// Name in its header; the model's own if none is given. Its identity is another in any case.
     #[arg(long)]
     name: Option<String>,
     /// Folders of your own images, searched in depth, that make up half of the pictures: without labels.
@@ -266,12 +266,13 @@ pub fn run_command(args: &Args) -> Result<()> {
     ensure!(weights.int8.is_none(), "{} is in 8 bits already; round the model that it was made of", args.model.display());
     let images = own_images(&args.images)?;
     let full = Model::new(weights.clone())?;
-    let nearest = full.rounded()?.into_owned();
+    let nearest = full.nearest()?;
     let judged = Pictures { model: &full, images: &[] }.batch(args.seed, 0, JUDGED, &(HELD_OUT..HELD_OUT + 100))?;
     println!("nearest codes: {}", said(&full, &nearest, &judged)?);
     let rounded = fit(args, &full, &nearest, &images)?;
     println!("fitted codes: {}", said(&full, &rounded, &judged)?);
     weights.round(rounded)?;
+    weights.spec.rounded_from = Some(full.identity().sha256.clone());
     if let Some(name) = &args.name {
         weights.spec.name = name.clone();
     }
@@ -388,7 +389,7 @@ mod tests {
     #[test]
     fn a_network_is_rounded_as_int8_rounds_it() {
         let full = small();
-        let nearest = full.rounded().unwrap().into_owned();
+        let nearest = full.nearest().unwrap();
         let layers = layers(full.weights(), &nearest).unwrap();
         let int8 = model(full.weights(), nearest.clone(), Precision::Int8).unwrap();
         let mut rounded = full.weights().clone();
@@ -410,7 +411,7 @@ mod tests {
     #[test]
     fn the_gradient_is_that_of_the_mean() {
         let full = small();
-        let layers = layers(full.weights(), &full.rounded().unwrap()).unwrap();
+        let layers = layers(full.weights(), &full.nearest().unwrap()).unwrap();
         let net = network(full.weights(), &BTreeMap::new()).unwrap();
         let images = batch(&full, 0, 3);
         let (descriptors, blocks, grads) = gradient(&images, &full, &net, &layers).unwrap();
@@ -451,7 +452,7 @@ mod tests {
             write_file(&dir.path().join(format!("{n}.png")), &image.to_png().unwrap()).unwrap();
         }
         let images = own_images(&[dir.path().to_path_buf()]).unwrap();
-        let nearest = full.rounded().unwrap().into_owned();
+        let nearest = full.nearest().unwrap();
         let args =
             Args { model: PathBuf::new(), out: PathBuf::new(), name: None, images: Vec::new(), steps: 25, batch: 4, lr: 0.0, seed: 2 };
         let fitted = fit(&args, &full, &nearest, &images).unwrap();
