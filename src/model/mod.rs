@@ -44,6 +44,7 @@ use device::Network;
 use kernels::Plan;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
+use weights::hex;
 
 /// The model in the repository: what the commands use when none is given.
 const SHIPPED: &[u8] = include_bytes!("../../models/structvpr-street-v3.safetensors");
@@ -80,18 +81,12 @@ impl Model {
         let network = Network::new(&network(&weights)?, device, precision, None)?;
         let mut hash = Sha256::new();
         hash.update(serde_json::to_vec(&weights.spec).map_err(|e| Error::weights(e.to_string()))?);
-        for (name, tensor) in &weights.tensors {
-            hash.update(name.as_bytes());
-            for v in tensor.flatten_all()?.to_vec1::<f32>()? {
-                hash.update(v.to_le_bytes());
-            }
-        }
+        weights.add_network(&mut hash)?;
         if let Some(whitening) = &weights.whitening {
             hash.update("whitening");
             whitening.values().for_each(|v| hash.update(v.to_le_bytes()));
         }
-        let sha256 = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-        let identity = ModelIdentity { name: weights.spec.name.clone(), sha256 };
+        let identity = ModelIdentity { name: weights.spec.name.clone(), sha256: hex(hash) };
         Ok(Self { weights, identity, network, device, precision })
     }
 
@@ -107,8 +102,8 @@ impl Model {
         Ok(self)
     }
 
-    /// Its 1x1 convolutions in 8 bits: those of its file; those that were fitted to the model of the repository, if it is this one; or
-    /// else the nearest.
+    /// Its 1x1 convolutions in 8 bits: those of its file; those that were fitted to the model of the repository, if it has its network
+    /// (whitened otherwise, perhaps, or of another name); or else the nearest.
     ///
     /// Errors: Candle's.
     pub fn rounded(&self) -> Result<Cow<'_, RoundedNetwork>> {
@@ -117,7 +112,7 @@ impl Model {
         }
         let fitted = Weights::parse(SHIPPED_INT8)?;
         match fitted.int8 {
-            Some(fitted_codes) if fitted.spec.rounded_from.as_ref() == Some(&self.identity.sha256) => Ok(Cow::Owned(fitted_codes)),
+            Some(codes) if fitted.spec.rounded_from.as_ref() == Some(&self.weights.network_sha256()?) => Ok(Cow::Owned(codes)),
             _ => Ok(Cow::Owned(self.nearest()?)),
         }
     }

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 
 /// The only architecture so far.
@@ -60,7 +61,7 @@ pub struct ModelSpec {
     /// The same of `keyframe.min_descriptor_change`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_descriptor_change: Option<f32>,
-    /// Identity (SHA-256) of the model whose descriptors these weights, in 8 bits, were fitted to.
+    /// Whose descriptors these weights, in 8 bits, were fitted to: [`Weights::network_sha256`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rounded_from: Option<String>,
 }
@@ -137,6 +138,11 @@ impl ModelSpec {
     }
 }
 
+/// The digest in hexadecimal digits.
+pub(super) fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// A spec and its folded tensors, f32, by our names.
 #[derive(Clone, Debug)]
 pub struct Weights {
@@ -172,6 +178,26 @@ impl Weights {
                 file.some_names()
             )))
         }
+    }
+
+    /// SHA-256 over its convolutions, whatever the header says and whatever is done to the joined taps.
+    ///
+    /// Errors: Candle's.
+    pub fn network_sha256(&self) -> Result<String> {
+        let mut hash = Sha256::new();
+        self.add_network(&mut hash)?;
+        Ok(hex(hash))
+    }
+
+    /// Names and values of the convolutions.
+    pub(super) fn add_network(&self, hash: &mut Sha256) -> Result<()> {
+        for (name, tensor) in &self.tensors {
+            hash.update(name.as_bytes());
+            for v in tensor.flatten_all()?.to_vec1::<f32>()? {
+                hash.update(v.to_le_bytes());
+            }
+        }
+        Ok(())
     }
 
     /// Has its 1x1 convolutions be these in 8 bits from now on, whatever it computes in.

@@ -30,7 +30,7 @@ enum Command {
     Partition(work::Partition),
     /// Stage 2: train the student with weighted distillation.
     Distill(work::Distill),
-    /// Round a model's 1x1 convolutions to 8 bits so that its descriptors stay: half the file, and what `--compute int8` computes with.
+    /// Round a model's 1x1 convolutions to 8 bits so that its descriptors stay: about half the file, and what `--compute int8` computes with.
     Round(round::Args),
     /// Run a set of experiments with several seeds and write one table.
     Ablate(ablate::Args),

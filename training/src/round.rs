@@ -271,8 +271,8 @@ pub fn run_command(args: &Args) -> Result<()> {
     println!("nearest codes: {}", said(&full, &nearest, &judged)?);
     let rounded = fit(args, &full, &nearest, &images)?;
     println!("fitted codes: {}", said(&full, &rounded, &judged)?);
+    weights.spec.rounded_from = Some(weights.network_sha256()?);
     weights.round(rounded)?;
-    weights.spec.rounded_from = Some(full.identity().sha256.clone());
     if let Some(name) = &args.name {
         weights.spec.name = name.clone();
     }

@@ -16,7 +16,7 @@ pub struct Args {
     #[arg(long)]
     out: PathBuf,
     /// Storage of the weights: f32, f16, or int8, which rounds the 1x1 convolutions to what `--compute int8` computes with, so
-    /// that its descriptors and f32's hardly differ (`training round` rounds better); half the bytes of f16.
+    /// that its descriptors and f32's hardly differ (`training round` rounds better); about half the bytes of f16.
     #[arg(long, value_parser = clap::builder::PossibleValuesParser::new(["int8", "f16", "f32"]).try_map(|s| s.parse::<Precision>()), default_value = "f32")]
     dtype: Precision,
     /// Name that reports and maps show.
