@@ -352,3 +352,36 @@ fn segment_makes_what_is_missing_and_names_what_it_cannot_read() {
         .contains("/nowhere.pth"));
     assert!(fails(&[&base[..base.len() - 3], &["--size", "100", "64"]].concat()).contains("multiples of 32"));
 }
+
+#[test]
+fn a_model_is_rounded_to_8_bits_and_what_is_wrong_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let small = {
+        let mut weights = Model::shipped().unwrap().weights().clone();
+        (weights.spec.input_width, weights.spec.input_height) = (96, 64);
+        weights.to_bytes(structvpr::model::Precision::F16).unwrap()
+    };
+    let (model, out, empty) = (path("small.safetensors"), path("out.safetensors"), path("empty"));
+    std::fs::write(&model, &small).unwrap();
+    std::fs::create_dir(&empty).unwrap();
+    let said = ok(&["round", &model, "--out", &out, "--steps", "2", "--batch", "2", "--name", "eight"]);
+    assert!(said.contains("nearest codes: cosine") && said.contains("fitted codes: cosine") && said.contains("sha256"), "{said}");
+    let bytes = std::fs::read(&out).unwrap();
+    assert!(bytes.len() < small.len() * 6 / 10);
+    let rounded = Model::from_bytes(&bytes).unwrap();
+    let parent = Model::from_bytes(&small).unwrap();
+    assert_eq!(rounded.spec().name, "eight");
+    assert_eq!(rounded.spec().rounded_from, Some(parent.weights().network_sha256().unwrap()));
+    assert!(rounded.weights().int8.is_some() && rounded.weights().whitening == parent.weights().whitening);
+    let again = path("again.safetensors");
+    assert!(fails(&["round", &out, "--out", &again]).contains("is in 8 bits already"));
+    assert!(fails(&["round", &path("none"), "--out", &again]).contains("none"));
+    assert!(fails(&["round", &model, "--out", &again, "--images", &empty]).contains("empty has no image"));
+    assert!(fails(&["round", &model, "--out", &again, "--steps", "0"]).contains("--steps 0"));
+    assert!(fails(&["round", &model, "--out", &again, "--lr", "nan"]).contains("--lr"));
+    // An image that cannot be read ends it, by name.
+    std::fs::write(dir.path().join("empty/bad.png"), b"no image").unwrap();
+    assert!(fails(&["round", &model, "--out", &again, "--images", &empty, "--steps", "1", "--batch", "1"]).contains("bad.png"));
+    assert!(!Path::new(&again).exists());
+}
