@@ -202,7 +202,7 @@ impl Weights {
 
     /// Has its 1x1 convolutions be these in 8 bits from now on, whatever it computes in.
     ///
-    /// Errors: one that is missing in `int8`, or of another shape.
+    /// Errors: one that is missing in `int8`, of another shape, or too large for f32.
     pub fn round(&mut self, int8: RoundedNetwork) -> Result<()> {
         for spec in conv_specs().iter().filter(|s| s.is_pointwise()) {
             let wrong = || Error::weights(format!("`{}` is not in 8 bits, or of another shape", spec.name));
@@ -212,7 +212,11 @@ impl Weights {
                     && r.codes.len() == r.bias.len() * r.scales.len()
             };
             let rounded = int8.get(&spec.name).filter(fits).ok_or_else(wrong)?;
-            self.tensors.insert(format!("{}.weight", spec.name), Tensor::from_vec(rounded.weights(), spec.shape.to_vec(), &Device::Cpu)?);
+            let (name, weights) = (format!("{}.weight", spec.name), rounded.weights());
+            if let Some(v) = weights.iter().find(|v| !v.is_finite()) {
+                return Err(Error::weights(format!("tensor `{name}` stands for {v}")));
+            }
+            self.tensors.insert(name, Tensor::from_vec(weights, spec.shape.to_vec(), &Device::Cpu)?);
             self.tensors.insert(format!("{}.bias", spec.name), Tensor::from_slice(&rounded.bias, spec.shape[0], &Device::Cpu)?);
         }
         self.int8 = Some(int8);
@@ -291,7 +295,7 @@ fn ours(mut file: RawFile) -> Result<Weights> {
 
 /// A 1x1 convolution of a file in 8 bits.
 ///
-/// Errors: what is missing or misshapen, steps that are not above zero, -128, weights too large for f32.
+/// Errors: what is missing or misshapen, steps that are not above zero, -128.
 fn rounded(file: &mut RawFile, spec: &ConvSpec, bias: Vec<f32>, layout: &'static str) -> Result<Rounded> {
     let name = format!("{}.weight", spec.name);
     let codes = match file.take_codes(&name, &spec.shape)? {
@@ -308,11 +312,7 @@ fn rounded(file: &mut RawFile, spec: &ConvSpec, bias: Vec<f32>, layout: &'static
             None => Ok(values),
         }
     };
-    let rounded = Rounded { codes, steps: above_zero("steps", spec.shape[0])?, scales: above_zero("scales", spec.shape[1])?, bias };
-    match rounded.weights().iter().find(|v| !v.is_finite()) {
-        Some(v) => Err(Error::weights(format!("tensor `{name}` stands for {v}"))),
-        None => Ok(rounded),
-    }
+    Ok(Rounded { codes, steps: above_zero("steps", spec.shape[0])?, scales: above_zero("scales", spec.shape[1])?, bias })
 }
 
 /// PyTorch's default epsilon of `BatchNorm2d`.

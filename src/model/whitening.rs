@@ -134,6 +134,18 @@ mod tests {
     }
 
     #[test]
+    fn rows_are_whitened_as_descriptors_are() {
+        let all = descriptors(200);
+        let whitening = Whitening::fit(&all).unwrap();
+        let rows = all[..5].iter().flat_map(|d| d.as_slice().to_vec()).collect::<Vec<_>>();
+        let got = whitening.of(&Tensor::from_vec(rows, (5, DIM), &Device::Cpu).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        for (got, d) in got.iter().zip(&all) {
+            let want = Descriptor::new(whitening.apply(d.as_slice())).unwrap();
+            assert!(got.iter().zip(want.as_slice()).all(|(a, b)| (a - b).abs() < 1e-4));
+        }
+    }
+
+    #[test]
     fn what_all_share_goes_and_variances_become_their_roots() {
         let all = descriptors(3000);
         let whitening = Whitening::fit(&all).unwrap();

@@ -65,6 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
     weights.spec.name = args.name.clone();
     // What was fitted to the descriptors before does not fit those after.
     weights.whitening = None;
+    (weights.int8, weights.spec.rounded_from) = (None, None);
     weights.spec.forget_recommended();
     weights.spec.training_data = format!("ImageNet, then {} steps on the synthetic street of this project", args.steps);
     let start = weights.tensors.clone();

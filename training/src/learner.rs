@@ -113,6 +113,7 @@ impl Learner {
         spec.license = recipe.license.clone();
         spec.tap_norm = true;
         spec.forget_recommended();
+        spec.rounded_from = None;
         Ok(Self { kind, branches, decoder, pooling: recipe.pooling, spec })
     }
 
