@@ -104,11 +104,31 @@ pub struct Row {
     pub phi: Option<Phi>,
     #[serde(default)]
     pub lambda: Option<f64>,
+    /// Whether weights are scaled to a mean of 1 (`distillation.weighting.normalise`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub normalise: Option<bool>,
     #[serde(default)]
     pub feature: Option<Feature>,
     /// Largest learning rate, where it differs (the rivals' do).
     #[serde(default)]
     pub lr: Option<f64>,
+}
+
+impl Row {
+    /// The recipe with what this row sets otherwise.
+    ///
+    /// Errors name a field out of range.
+    fn settings(&self, recipe: &Recipe) -> Result<Recipe> {
+        let mut own = recipe.clone();
+        let d = &mut own.distillation;
+        let w = &mut d.weighting;
+        (w.select, w.phi) = (self.select.unwrap_or(w.select), self.phi.unwrap_or(w.phi));
+        w.normalise = self.normalise.unwrap_or(w.normalise);
+        (d.lambda, d.feature) = (self.lambda.unwrap_or(d.lambda), self.feature.unwrap_or(d.feature));
+        own.distil.lr = self.lr.unwrap_or(own.distil.lr);
+        own.validate()?;
+        Ok(own)
+    }
 }
 
 impl Experiments {
@@ -249,13 +269,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         for row in &experiments.rows {
             let folder = dir.join("rows").join(row.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
-            let mut own = recipe.clone();
-            let d = &mut own.distillation;
-            let w = &mut d.weighting;
-            (w.select, w.phi) = (row.select.unwrap_or(w.select), row.phi.unwrap_or(w.phi));
-            (d.lambda, d.feature) = (row.lambda.unwrap_or(d.lambda), row.feature.unwrap_or(d.feature));
-            own.distil.lr = row.lr.unwrap_or(own.distil.lr);
-            own.validate()?;
+            let own = row.settings(&recipe)?;
             let id = identity(&(row, &own, seed))?;
             let finished = cached(&folder, &id, || {
                 run_row(row, &own, *seed, (&sets, &loader, &pairs), shuffled.as_ref(), gpu.as_ref(), &dir, &folder)
@@ -485,6 +499,25 @@ mod tests {
             let said = format!("{:#}", Experiments::parse(&text).unwrap_err());
             assert!(said.contains(want), "{text}: {said}");
         }
+    }
+
+    #[test]
+    fn a_row_changes_what_it_names_and_nothing_else() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("experiments");
+        let recipe = Recipe::open(&dir.join("synthetic_recipe.yaml")).unwrap();
+        let row = |text: &str| serde_yaml::from_str::<Row>(text).unwrap();
+        assert_eq!(row("name: a").settings(&recipe).unwrap(), recipe);
+        let own =
+            row("{name: a, select: S2, phi: ratio, normalise: false, lambda: 2, feature: taps, lr: 2.0e-5}").settings(&recipe).unwrap();
+        let w = &own.distillation.weighting;
+        assert_eq!((w.select, w.phi, w.normalise), (Select::S2, Phi::Ratio, false));
+        assert_eq!((own.distillation.lambda, own.distillation.feature, own.distil.lr), (2.0, Feature::Taps, 2e-5));
+        let back = Recipe { distillation: recipe.distillation.clone(), distil: recipe.distil.clone(), ..own };
+        assert_eq!(back, recipe);
+        let said = format!("{:#}", row("{name: a, lr: -1}").settings(&recipe).unwrap_err());
+        assert!(said.contains("distil.lr"), "{said}");
+        // Files written before rows had it are of the same experiments.
+        assert!(!serde_json::to_string(&row("name: a")).unwrap().contains("normalise"));
     }
 
     fn row(recalls: &[f64]) -> Vec<Finished> {
