@@ -74,7 +74,7 @@ struct Batch {
 
 impl Job<'_> {
     /// SHA-256 of everything that decides the result.
-    fn identity(&self) -> Result<String> {
+    pub fn identity(&self) -> Result<String> {
         let mut hash = Sha256::new();
         let r = self.recipe;
         // What is done with the weights in the end does not change how they are trained.

@@ -206,6 +206,11 @@ fn both_stages_end_in_a_file_that_the_node_loads() {
         assert!((recall[&n] - want).abs() < 0.03, "R@{n}: {} in the core, {want} in training", recall[&n]);
     }
 
+    // A student that nobody teaches is the rgb branch, to the last bit: `ablate` does not train it twice.
+    let untaught = world.recipe("none.yaml", "distillation: {weighting: {select: None}}\n");
+    ok(&["distill", "--config", &untaught, "--seg", &seg, "--partition", &parts, "--out", &world.text("none")]);
+    assert!(std::fs::read(world.path("none/model.safetensors")).unwrap() == std::fs::read(world.path("rgb/model.safetensors")).unwrap());
+
     // A partition by another teacher is refused, and so is a folder that is not finished.
     let said = fails(&["distill", "--config", &recipe, "--seg", &rgb, "--partition", &parts, "--out", &world.text("no")]);
     assert!(said.contains("checkpoint.safetensors is of another training"), "{said}");
@@ -219,7 +224,7 @@ fn both_stages_end_in_a_file_that_the_node_loads() {
 fn experiments_write_one_table_and_go_on_where_they_were() {
     let world = World::new();
     world.recipe("r.yaml", "");
-    let rows = "title: Small\nrecipe: r.yaml\nseeds: [1, 2]\nrows:\n  - {name: None, select: None}\n  - {name: S1, select: S1, phi: one}\n  - {name: weighted S1, feature: taps}\n  - {name: groups, phi: !constant [8, 4, 1, 0]}\n  - {name: relations, select: All, phi: one, feature: relations}\n  - {name: control, teacher: shuffled}\n  - {name: concat-input, kind: concat_input, lr: 5.0e-5}\n  - {name: concat-feat, kind: concat_feat, lr: 5.0e-5}\n  - {name: multi-task, kind: multi_task}\norder: [weighted S1, S1, None]\ncontrol: {row: weighted S1, control: control, over: None}\n";
+    let rows = "title: Small\nrecipe: r.yaml\nseeds: [1, 2]\nrows:\n  - {name: None, select: None}\n  - {name: slower, select: None, lr: 5.0e-5}\n  - {name: S1, select: S1, phi: one}\n  - {name: weighted S1, feature: taps}\n  - {name: groups, phi: !constant [8, 4, 1, 0]}\n  - {name: relations, select: All, phi: one, feature: relations}\n  - {name: control, teacher: shuffled}\n  - {name: concat-input, kind: concat_input, lr: 5.0e-5}\n  - {name: concat-feat, kind: concat_feat, lr: 5.0e-5}\n  - {name: multi-task, kind: multi_task}\norder: [weighted S1, S1, None]\ncontrol: {row: weighted S1, control: control, over: None}\n";
     std::fs::write(world.path("e.yaml"), rows).unwrap();
     let (config, out) = (world.text("e.yaml"), world.text("exp"));
     let said = ok(&["ablate", "--config", &config, "--out", &out, "--quick", "4"]);
@@ -228,6 +233,9 @@ fn experiments_write_one_table_and_go_on_where_they_were() {
         assert!(world.path("exp").join(file).is_file(), "{file}");
     }
     assert!(std::fs::read_to_string(world.path("exp/table.html")).unwrap().contains("<svg"));
+    let row = |name: &str| world.path("exp/seed-1/rows").join(name);
+    assert!(row("None/row.json").is_file() && !row("None/checkpoint.safetensors").exists());
+    assert!(row("slower/checkpoint.safetensors").is_file());
     // Everything is there: the second run trains nothing and writes the same.
     let before = std::fs::read(world.path("exp/table.csv")).unwrap();
     let began = std::time::Instant::now();
