@@ -173,6 +173,7 @@ fn cached(dir: &Path, identity: &str, run: impl FnOnce() -> Result<Finished>) ->
         }
     }
     let finished = run()?;
+    std::fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
     write_whole(&path, serde_json::to_string_pretty(&Done { identity: identity.into(), finished: finished.clone() })?.as_bytes())?;
     Ok(finished)
 }
