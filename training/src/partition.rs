@@ -55,11 +55,19 @@ pub struct Weighting {
     /// Whether the weights of all training pairs are scaled to a mean of 1 over the selected ones, so that rows differ in
     /// whom they teach and not in how loudly. [ours]
     pub normalise: bool,
+    /// (a, b) of D1, D2 and D3 in `phi`'s log and ratio forms. [ours: the papers do not print theirs]
+    #[serde(skip_serializing_if = "are_default")]
+    pub slopes: [(f64, f64); 3],
+}
+
+/// Checkpoints of before they could be set are of these.
+fn are_default(slopes: &[(f64, f64); 3]) -> bool {
+    *slopes == SLOPES
 }
 
 impl Default for Weighting {
     fn default() -> Self {
-        Self { select: Select::S1, phi: Phi::Log, n_t: N_T, n_m: 100, phi_max: 16.0, normalise: true }
+        Self { select: Select::S1, phi: Phi::Log, n_t: N_T, n_m: 100, phi_max: 16.0, normalise: true, slopes: SLOPES }
     }
 }
 
@@ -127,6 +135,10 @@ impl Weighting {
         ensure!(self.n_m > self.n_t, "distillation.weighting.n_m: {} is not above n_t, {}", self.n_m, self.n_t);
         let max = self.phi_max;
         ensure!(max > 0.0 && max <= 1e6, "distillation.weighting.phi_max: {max} is outside 0 to 1e6");
+        for (group, (a, b)) in GROUPS.iter().zip(self.slopes) {
+            let fits = (0.0..=1e6).contains(&a) && b > 0.0 && b <= 1e6;
+            ensure!(fits, "distillation.weighting.slopes: {group:?}'s [{a}, {b}] must be 0 or more, and above 0, up to 1e6");
+        }
         if let Phi::Constant(c) = self.phi {
             ensure!(c.iter().all(|v| (0.0..=1e6).contains(v)), "distillation.weighting.phi: {c:?} holds a value outside 0 to 1e6");
         }
@@ -143,7 +155,7 @@ impl Weighting {
         let over = |denominator: f64| match g {
             Group::D4 => 0.0,
             _ => {
-                let (a, b) = SLOPES[g as usize];
+                let (a, b) = self.slopes[g as usize];
                 let gain = y.min(self.n_m) as f64 - x as f64;
                 (b + a * gain / denominator).clamp(0.0, self.phi_max)
             }
@@ -280,6 +292,20 @@ mod tests {
         println!("mean weights D1 {d1:.2}, D2 {d2:.2}, D3 {d3:.2}");
         assert!(d1 > 1.5 * d2 && d2 > 2.0 * d3 && d3 > 0.0, "{d1} {d2} {d3}");
         assert!(log().phi(1, 1) > 0.0, "the commonest pair weighs something");
+    }
+
+    #[test]
+    fn slopes_are_a_setting_and_old_files_have_the_default() {
+        let text = "{select: S1, phi: log, normalise: false, slopes: [[0.02, 3], [0.1, 1.8], [0, 1]]}";
+        let w: Weighting = serde_yaml::from_str(text).unwrap();
+        assert_eq!((w.phi(1, 1), w.phi(5, 2), w.phi(20, 1)), (1.8, 1.0, 0.0));
+        assert!((w.phi(2, 22) - (3.0 + 0.02 * 20.0 / 3f64.ln())).abs() < 1e-12);
+        assert_eq!(serde_yaml::from_str::<Weighting>(&serde_yaml::to_string(&w).unwrap()).unwrap(), w);
+        assert!(!serde_json::to_string(&log()).unwrap().contains("slopes"));
+        for (slopes, said) in [([(-0.1, 1.0), (0.0, 1.0), (0.0, 1.0)], "D1's"), ([(0.1, 1.0), (0.0, 1.0), (0.0, f64::NAN)], "D3's")] {
+            let e = Weighting { slopes, ..log() }.validate().unwrap_err().to_string();
+            assert!(e.contains("slopes") && e.contains(said), "{e}");
+        }
     }
 
     #[test]
