@@ -150,6 +150,8 @@ class Robot:
     def call(self, type_, name, request, seconds=20):
         client = self.node.create_client(type_, f"structvpr/{name}" if not name.startswith("/") else name)
         assert client.wait_for_service(timeout_sec=seconds), f"no service {name}"
+        # The node may not know yet where to answer to (see `matched`): on a busy machine an answer was lost.
+        self.spin(0.3)
         future = client.call_async(request)
         self.until(future.done, seconds, f"an answer of {name}")
         self.node.destroy_client(client)
