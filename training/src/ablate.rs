@@ -53,13 +53,14 @@ pub struct Args {
 /// An experiments file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Experiments {
+pub struct Experiments<R = Row> {
     /// Title of the table.
     pub title: String,
     /// The recipe that all rows share, relative to this file.
     pub recipe: PathBuf,
     pub seeds: Vec<u64>,
-    pub rows: Vec<Row>,
+    /// In the file a row, or the name of a file that holds one, relative to this file.
+    pub rows: Vec<R>,
     /// Names of rows, best first: whether their means come out in this order is said below the table.
     #[serde(default)]
     pub order: Vec<String>,
@@ -131,12 +132,32 @@ impl Row {
     }
 }
 
+/// A row as an experiments file in `dir` has it: the row itself, or the name of a file that holds one.
+///
+/// Errors name the file, or the field.
+fn row_of(entry: serde_yaml::Value, dir: &Path) -> Result<Row> {
+    let serde_yaml::Value::String(file) = entry else { return Ok(serde_yaml::from_value(entry)?) };
+    let path = dir.join(file);
+    let said = || format!("a row's file, {}", path.display());
+    let text = std::fs::read_to_string(&path).with_context(said)?;
+    serde_yaml::from_str(&text).with_context(said)
+}
+
 impl Experiments {
-    /// Parses an experiments file.
+    /// Reads an experiments file and the files of its rows.
     ///
-    /// Errors: no rows or seeds, a name twice, an order that names no row.
-    pub fn parse(text: &str) -> Result<Self> {
-        let e: Self = serde_yaml::from_str(text)?;
+    /// Errors name the file: no rows or seeds, a name twice, an order that names no row.
+    pub fn open(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+        Self::parse(&text, path.parent().unwrap_or(Path::new(""))).with_context(|| path.display().to_string())
+    }
+
+    /// Parses an experiments file that lies in `dir`.
+    fn parse(text: &str, dir: &Path) -> Result<Self> {
+        let Experiments { title, recipe, seeds, rows, order, control }: Experiments<serde_yaml::Value> = serde_yaml::from_str(text)?;
+        let row = |(i, entry)| row_of(entry, dir).with_context(|| format!("`rows`, number {}", i + 1));
+        let rows = rows.into_iter().enumerate().map(row).collect::<Result<_>>()?;
+        let e = Self { title, recipe, seeds, rows, order, control };
         ensure!(!e.rows.is_empty() && !e.seeds.is_empty(), "`rows` and `seeds` must not be empty");
         let names: Vec<&str> = e.rows.iter().map(|r| r.name.as_str()).collect();
         for (i, name) in names.iter().enumerate() {
@@ -220,8 +241,7 @@ impl Seed<'_> {
 pub fn run(args: &Args) -> Result<()> {
     set_threads(args.threads)?;
     ensure!(args.quick >= 1, "--quick is 1 or more");
-    let text = std::fs::read_to_string(&args.config).with_context(|| args.config.display().to_string())?;
-    let mut experiments = Experiments::parse(&text).with_context(|| args.config.display().to_string())?;
+    let mut experiments = Experiments::open(&args.config)?;
     if !args.seeds.is_empty() {
         experiments.seeds.clone_from(&args.seeds);
     }
@@ -484,25 +504,32 @@ mod tests {
                 Recipe::open(&path).unwrap();
                 continue;
             }
-            let e = Experiments::parse(&std::fs::read_to_string(&path).unwrap()).unwrap();
+            if path.is_dir() {
+                continue;
+            }
+            let e = Experiments::open(&path).unwrap();
             assert!(e.seeds.len() >= 3 && dir.join(&e.recipe).is_file(), "{}", path.display());
             seen += 1;
         }
         assert!(seen >= 2);
+        let files = std::fs::read_dir(dir.join("rows")).unwrap().count();
+        assert_eq!(Experiments::open(&dir.join("ablation.yaml")).unwrap().rows.len(), files, "a row's file that no table has");
     }
 
     #[test]
     fn what_is_wrong_with_an_experiments_file_is_named() {
         let good = "title: t\nrecipe: r\nseeds: [1]\nrows:\n  - {name: a}\n  - {name: b}\n";
-        assert!(Experiments::parse(good).is_ok());
+        let parse = |text: &str| Experiments::parse(text, Path::new("/nowhere"));
+        assert!(parse(good).is_ok());
         for (text, want) in [
             (good.replace("name: b", "name: a"), "two rows are called `a`"),
             (format!("{good}order: [c]\n"), "names `c`; rows: a, b"),
             (good.replace("seeds: [1]", "seeds: []"), "must not be empty"),
             (good.replace("name: b", "name: 'rgb, stage 1'"), "cannot be called"),
-            (good.replace("name: b", "nom: b"), "nom"),
+            (good.replace("name: b", "nom: b"), "`rows`, number 2: unknown field `nom`"),
+            (good.replace("{name: b}", "b.yaml"), "`rows`, number 2: a row's file, /nowhere/b.yaml: No such file"),
         ] {
-            let said = format!("{:#}", Experiments::parse(&text).unwrap_err());
+            let said = format!("{:#}", parse(&text).unwrap_err());
             assert!(said.contains(want), "{text}: {said}");
         }
     }
@@ -544,7 +571,7 @@ mod tests {
         let (mean, std) = mean_and_spread(&over_tests(&row(&[0.2, 0.4]), 1));
         assert!((mean - 0.35).abs() < 1e-12 && (std - 0.02f64.sqrt()).abs() < 1e-12);
         let file = "title: t\nrecipe: r\nseeds: [1]\nrows: [{name: w}, {name: n}, {name: c}]\norder: [w, n]\ncontrol: {row: w, control: c, over: n}\n";
-        let e = Experiments::parse(file).unwrap();
+        let e = Experiments::parse(file, Path::new("")).unwrap();
         let table = |w: &[f64], n: &[f64], c: &[f64]| BTreeMap::from([("w".into(), row(w)), ("n".into(), row(n)), ("c".into(), row(c))]);
         let said = verdict(&e, &table(&[0.5, 0.52], &[0.3, 0.31], &[0.3, 0.32]));
         assert!(said[0].ends_with("It comes out.") && said[1].contains("counts as distilled structure"), "{said:?}");

@@ -224,8 +224,9 @@ fn both_stages_end_in_a_file_that_the_node_loads() {
 fn experiments_write_one_table_and_go_on_where_they_were() {
     let world = World::new();
     world.recipe("r.yaml", "");
-    let rows = "title: Small\nrecipe: r.yaml\nseeds: [1, 2]\nrows:\n  - {name: None, select: None}\n  - {name: slower, select: None, lr: 5.0e-5}\n  - {name: S1, select: S1, phi: one}\n  - {name: weighted S1, feature: taps}\n  - {name: groups, phi: !constant [8, 4, 1, 0]}\n  - {name: relations, select: All, phi: one, feature: relations}\n  - {name: control, teacher: shuffled}\n  - {name: concat-input, kind: concat_input, lr: 5.0e-5}\n  - {name: concat-feat, kind: concat_feat, lr: 5.0e-5}\n  - {name: multi-task, kind: multi_task}\norder: [weighted S1, S1, None]\ncontrol: {row: weighted S1, control: control, over: None}\n";
+    let rows = "title: Small\nrecipe: r.yaml\nseeds: [1, 2]\nrows:\n  - {name: None, select: None}\n  - slower.yaml\n  - {name: S1, select: S1, phi: one}\n  - {name: weighted S1, feature: taps}\n  - {name: groups, phi: !constant [8, 4, 1, 0]}\n  - {name: relations, select: All, phi: one, feature: relations}\n  - {name: control, teacher: shuffled}\n  - {name: concat-input, kind: concat_input, lr: 5.0e-5}\n  - {name: concat-feat, kind: concat_feat, lr: 5.0e-5}\n  - {name: multi-task, kind: multi_task}\norder: [weighted S1, S1, None]\ncontrol: {row: weighted S1, control: control, over: None}\n";
     std::fs::write(world.path("e.yaml"), rows).unwrap();
+    std::fs::write(world.path("slower.yaml"), "name: slower\nselect: None\nlr: 5.0e-5\n").unwrap();
     let (config, out) = (world.text("e.yaml"), world.text("exp"));
     let said = ok(&["ablate", "--config", &config, "--out", &out, "--quick", "4"]);
     assert!(said.contains("| weighted S1 |") && said.contains("Expected order") && said.contains("Gain over None"), "{said}");
