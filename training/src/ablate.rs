@@ -427,6 +427,7 @@ fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<Stri
             order.windows(2).filter(|w| w[0].1 .0 < w[1].1 .0).map(|w| format!("{} is below {}", w[0].0, w[1].0)).collect();
         let how = if broken.is_empty() { "comes out".to_string() } else { format!("does not come out: {}", broken.join(", ")) };
         out.push(format!("Expected order (mean R@1): {}. It {how}.", text.join(" >= ")));
+        out.extend(steps(&order.iter().map(|(n, _)| (n.as_str(), table[*n].as_slice())).collect::<Vec<_>>()));
     }
     if let Some(c) = &e.control {
         if let (Some(rows), Some(controls), Some(bases)) = (table.get(&c.row), table.get(&c.control), table.get(&c.over)) {
@@ -450,6 +451,19 @@ fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<Stri
         }
     }
     out
+}
+
+/// What each row gains over the next, seed by seed: a seed's rows share teacher and ranks, so that this scatters less than their means.
+/// `None` of one seed, which has no spread.
+fn steps(order: &[(&str, &[Finished])]) -> Option<String> {
+    let step = |pair: &[(&str, &[Finished])]| {
+        let gains: Vec<f64> = over_tests(pair[0].1, 1).iter().zip(over_tests(pair[1].1, 1)).map(|(a, b)| 100.0 * (a - b)).collect();
+        let (mean, std) = mean_and_spread(&gains);
+        let unclear = if mean.abs() <= std { " (within the spread)" } else { "" };
+        (gains.len() > 1).then(|| format!("{} over {} {mean:+.1} ± {std:.1}{unclear}", pair[0].0, pair[1].0))
+    };
+    let all = order.windows(2).map(step).collect::<Option<Vec<_>>>()?;
+    Some(format!("Seed by seed, points of R@1: {}.", all.join(", ")))
 }
 
 /// Mean R@1 of each row with its seeds as dots.
@@ -574,11 +588,13 @@ mod tests {
         let e = Experiments::parse(file, Path::new("")).unwrap();
         let table = |w: &[f64], n: &[f64], c: &[f64]| BTreeMap::from([("w".into(), row(w)), ("n".into(), row(n)), ("c".into(), row(c))]);
         let said = verdict(&e, &table(&[0.5, 0.52], &[0.3, 0.31], &[0.3, 0.32]));
-        assert!(said[0].ends_with("It comes out.") && said[1].contains("counts as distilled structure"), "{said:?}");
+        assert!(said[0].ends_with("It comes out.") && said[2].contains("counts as distilled structure"), "{said:?}");
+        assert_eq!(said[1], "Seed by seed, points of R@1: w over n +20.5 ± 0.7.");
         // A spread of zero from one seed once passed for certainty.
         let said = verdict(&e, &table(&[0.5], &[0.3], &[0.31]));
-        assert!(said[1].contains("of one seed says nothing"), "{said:?}");
+        assert!(said.len() == 2 && said[1].contains("of one seed says nothing"), "{said:?}");
         let said = verdict(&e, &table(&[0.3, 0.31], &[0.35, 0.31], &[0.36, 0.35]));
-        assert!(said[0].contains("does not come out: w is below n") && said[1].contains("is not beyond the control"), "{said:?}");
+        assert!(said[0].contains("does not come out: w is below n") && said[2].contains("is not beyond the control"), "{said:?}");
+        assert_eq!(said[1], "Seed by seed, points of R@1: w over n -2.5 ± 3.5 (within the spread).");
     }
 }
