@@ -16,7 +16,7 @@ use anyhow::{bail, ensure, Context, Result};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -416,54 +416,71 @@ fn write(e: &Experiments, recipe: &Recipe, table: &BTreeMap<String, Vec<Finished
     write_whole(&out.join("table.html"), page(&e.title, &body).as_bytes())
 }
 
-/// Whether the order came out, and whether the gain beats its control.
+/// For each test, and for their mean if there are several: whether the order came out, and whether the gain beats its control.
 fn verdict(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>) -> Vec<String> {
-    let mean = |name: &str| table.get(name).map(|row| mean_and_spread(&over_tests(row, 1)));
-    let mut out = Vec::new();
-    let order: Vec<(&String, (f64, f64))> = e.order.iter().filter_map(|n| Some((n, mean(n)?))).collect();
-    if order.len() > 1 {
-        let text: Vec<String> = order.iter().map(|(n, (m, s))| format!("{n} {:.1} ± {:.1}", 100.0 * m, 100.0 * s)).collect();
-        let broken: Vec<String> =
-            order.windows(2).filter(|w| w[0].1 .0 < w[1].1 .0).map(|w| format!("{} is below {}", w[0].0, w[1].0)).collect();
-        let how = if broken.is_empty() { "comes out".to_string() } else { format!("does not come out: {}", broken.join(", ")) };
-        out.push(format!("Expected order (mean R@1): {}. It {how}.", text.join(" >= ")));
-        out.extend(steps(&order.iter().map(|(n, _)| (n.as_str(), table[*n].as_slice())).collect::<Vec<_>>()));
+    let tests: BTreeSet<&String> = table.values().flatten().flat_map(|f| f.tests.keys()).collect();
+    let mut scopes: Vec<Option<&str>> = tests.iter().map(|t| Some(t.as_str())).collect();
+    if scopes.len() != 1 {
+        scopes.push(None);
     }
-    if let Some(c) = &e.control {
-        if let (Some(rows), Some(controls), Some(bases)) = (table.get(&c.row), table.get(&c.control), table.get(&c.over)) {
-            let gain = |a: &[Finished]| -> Vec<f64> { over_tests(a, 1).iter().zip(over_tests(bases, 1)).map(|(a, b)| a - b).collect() };
-            let ((m, s), (cm, cs)) = (mean_and_spread(&gain(rows)), mean_and_spread(&gain(controls)));
-            let counts = match rows.len() {
-                0 | 1 => "of one seed says nothing of the spread",
-                _ if m > cm + s.max(cs) => "counts as distilled structure",
-                _ => "is not beyond the control",
-            };
-            out.push(format!(
-                "Gain over {}, seed by seed: {} {:+.1} ± {:.1}, control ({}) {:+.1} ± {:.1} points of R@1: the gain {counts}.",
-                c.over,
-                c.row,
-                100.0 * m,
-                100.0 * s,
-                c.control,
-                100.0 * cm,
-                100.0 * cs
-            ));
-        }
-    }
-    out
+    let said = |test: Option<&str>| Some(format!("{}: {}", test.unwrap_or("mean of the tests"), verdict_of(e, table, test)?));
+    scopes.into_iter().filter_map(said).collect()
 }
 
-/// What each row gains over the next, seed by seed: a seed's rows share teacher and ranks, so that this scatters less than their means.
-/// `None` of one seed, which has no spread.
-fn steps(order: &[(&str, &[Finished])]) -> Option<String> {
-    let step = |pair: &[(&str, &[Finished])]| {
-        let gains: Vec<f64> = over_tests(pair[0].1, 1).iter().zip(over_tests(pair[1].1, 1)).map(|(a, b)| 100.0 * (a - b)).collect();
-        let (mean, std) = mean_and_spread(&gains);
-        let unclear = if mean.abs() <= std { " (within the spread)" } else { "" };
-        (gains.len() > 1).then(|| format!("{} over {} {mean:+.1} ± {std:.1}{unclear}", pair[0].0, pair[1].0))
+/// R@1 of a row by one test, or the mean over its tests, seed by seed.
+fn recalls_at_1(row: &[Finished], test: Option<&str>) -> Vec<f64> {
+    match test {
+        Some(test) => row.iter().map(|f| f.tests.get(test).map_or(0.0, |r| r.get(1))).collect(),
+        None => over_tests(row, 1),
+    }
+}
+
+/// The verdict by one figure; `None` where nothing was expected.
+fn verdict_of(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>, test: Option<&str>) -> Option<String> {
+    let r1 = |row: &[Finished]| recalls_at_1(row, test);
+    // A seed's rows share teacher and ranks, so that differences may scatter less than the means.
+    let gains = |a: &[Finished], b: &[Finished]| -> (f64, f64) {
+        mean_and_spread(&r1(a).iter().zip(r1(b)).map(|(a, b)| 100.0 * (a - b)).collect::<Vec<_>>())
     };
-    let all = order.windows(2).map(step).collect::<Option<Vec<_>>>()?;
-    Some(format!("Seed by seed, points of R@1: {}.", all.join(", ")))
+    let mut out = Vec::new();
+    let order: Vec<(&String, &[Finished])> = e.order.iter().filter_map(|n| Some((n, table.get(n)?.as_slice()))).collect();
+    if order.len() > 1 {
+        let means: Vec<(f64, f64)> = order.iter().map(|(_, row)| mean_and_spread(&r1(row))).collect();
+        let text: Vec<String> =
+            order.iter().zip(&means).map(|((n, _), (m, s))| format!("{n} {:.1} ± {:.1}", 100.0 * m, 100.0 * s)).collect();
+        let pairs = || order.windows(2).zip(means.windows(2));
+        let broken: Vec<String> =
+            pairs().filter(|(_, m)| m[0].0 < m[1].0).map(|(w, _)| format!("{} is below {}", w[0].0, w[1].0)).collect();
+        let how = if broken.is_empty() { "comes out".to_string() } else { format!("does not come out: {}", broken.join(", ")) };
+        out.push(format!("expected order (R@1) {}. It {how}.", text.join(" >= ")));
+        // One seed has no spread.
+        let steps: Vec<String> = order
+            .windows(2)
+            .filter(|w| w[0].1.len() > 1)
+            .map(|w| {
+                let (mean, std) = gains(w[0].1, w[1].1);
+                let unclear = if mean.abs() <= std { " (within the spread)" } else { "" };
+                format!("{} over {} {mean:+.1} ± {std:.1}{unclear}", w[0].0, w[1].0)
+            })
+            .collect();
+        if !steps.is_empty() {
+            out.push(format!("Seed by seed, points: {}.", steps.join(", ")));
+        }
+    }
+    let rows = e.control.as_ref().and_then(|c| Some((c, table.get(&c.row)?, table.get(&c.control)?, table.get(&c.over)?)));
+    if let Some((c, row, control, base)) = rows {
+        let ((m, s), (cm, cs)) = (gains(row, base), gains(control, base));
+        let counts = match row.len() {
+            0 | 1 => "of one seed says nothing of the spread",
+            _ if m > cm + s.max(cs) => "counts as distilled structure",
+            _ => "is not beyond the control",
+        };
+        out.push(format!(
+            "Gain over {}, seed by seed: {} {m:+.1} ± {s:.1}, control ({}) {cm:+.1} ± {cs:.1} points: the gain {counts}.",
+            c.over, c.row, c.control
+        ));
+    }
+    (!out.is_empty()).then(|| out.join(" "))
 }
 
 /// Mean R@1 of each row with its seeds as dots.
@@ -588,13 +605,19 @@ mod tests {
         let e = Experiments::parse(file, Path::new("")).unwrap();
         let table = |w: &[f64], n: &[f64], c: &[f64]| BTreeMap::from([("w".into(), row(w)), ("n".into(), row(n)), ("c".into(), row(c))]);
         let said = verdict(&e, &table(&[0.5, 0.52], &[0.3, 0.31], &[0.3, 0.32]));
-        assert!(said[0].ends_with("It comes out.") && said[2].contains("counts as distilled structure"), "{said:?}");
-        assert_eq!(said[1], "Seed by seed, points of R@1: w over n +20.5 ± 0.7.");
+        assert!(said.len() == 3 && said[0].starts_with("a: ") && said[2].starts_with("mean of the tests: "), "{said:?}");
+        for said in &said {
+            assert!(said.contains("It comes out.") && said.contains("counts as distilled structure"), "{said}");
+            assert!(said.contains("Seed by seed, points: w over n +20.5 ± 0.7."), "{said}");
+        }
+        assert!(said[1].contains("w 61.0 ± 1.4 >= n 40.5 ± 0.7."), "{said:?}");
         // A spread of zero from one seed once passed for certainty.
         let said = verdict(&e, &table(&[0.5], &[0.3], &[0.31]));
-        assert!(said.len() == 2 && said[1].contains("of one seed says nothing"), "{said:?}");
+        assert!(said[2].contains("of one seed says nothing") && !said[2].contains("points: w over n"), "{said:?}");
         let said = verdict(&e, &table(&[0.3, 0.31], &[0.35, 0.31], &[0.36, 0.35]));
-        assert!(said[0].contains("does not come out: w is below n") && said[2].contains("is not beyond the control"), "{said:?}");
-        assert_eq!(said[1], "Seed by seed, points of R@1: w over n -2.5 ± 3.5 (within the spread).");
+        assert!(said[0].contains("does not come out: w is below n") && said[0].contains("is not beyond the control"), "{said:?}");
+        assert!(said[0].contains("w over n -2.5 ± 3.5 (within the spread)"), "{said:?}");
+        let nothing = Experiments { order: Vec::new(), control: None, ..e };
+        assert!(verdict(&nothing, &table(&[0.3], &[0.3], &[0.3])).is_empty());
     }
 }

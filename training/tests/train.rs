@@ -229,7 +229,7 @@ fn experiments_write_one_table_and_go_on_where_they_were() {
     std::fs::write(world.path("slower.yaml"), "name: slower\nselect: None\nlr: 5.0e-5\n").unwrap();
     let (config, out) = (world.text("e.yaml"), world.text("exp"));
     let said = ok(&["ablate", "--config", &config, "--out", &out, "--quick", "4"]);
-    assert!(said.contains("| weighted S1 |") && said.contains("Expected order") && said.contains("Gain over None"), "{said}");
+    assert!(said.contains("| weighted S1 |") && said.contains("expected order") && said.contains("Gain over None"), "{said}");
     for file in ["table.md", "table.csv", "table.html"] {
         assert!(world.path("exp").join(file).is_file(), "{file}");
     }
