@@ -110,6 +110,9 @@ pub struct Row {
     pub normalise: Option<bool>,
     #[serde(default)]
     pub feature: Option<Feature>,
+    /// Pairs that are taught from other places' label maps (`distillation.mislead`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mislead: Option<Select>,
     /// Largest learning rate, where it differs (the rivals' do).
     #[serde(default)]
     pub lr: Option<f64>,
@@ -126,6 +129,7 @@ impl Row {
         (w.select, w.phi) = (self.select.unwrap_or(w.select), self.phi.unwrap_or(w.phi));
         w.normalise = self.normalise.unwrap_or(w.normalise);
         (d.lambda, d.feature) = (self.lambda.unwrap_or(d.lambda), self.feature.unwrap_or(d.feature));
+        d.mislead = self.mislead.unwrap_or(d.mislead);
         own.distil.lr = self.lr.unwrap_or(own.distil.lr);
         own.validate()?;
         Ok(own)
@@ -327,7 +331,7 @@ fn run_row(
     let teaching = match taught {
         true => {
             let teacher = stage1_job(Kind::Seg, recipe, seed, sets, loader, gpu).load(&teacher_dir)?;
-            Some(teaching(teacher, pairs, recipe)?)
+            Some(teaching(teacher, pairs, &sets.train, recipe, seed)?)
         }
         false => None,
     };
@@ -571,17 +575,19 @@ mod tests {
         let recipe = Recipe::open(&dir.join("synthetic_recipe.yaml")).unwrap();
         let row = |text: &str| serde_yaml::from_str::<Row>(text).unwrap();
         assert_eq!(row("name: a").settings(&recipe).unwrap(), recipe);
-        let own =
-            row("{name: a, select: S2, phi: ratio, normalise: false, lambda: 2, feature: taps, lr: 2.0e-5}").settings(&recipe).unwrap();
+        let own = row("{name: a, select: S2, phi: ratio, normalise: false, lambda: 2, feature: taps, mislead: D4, lr: 2.0e-5}")
+            .settings(&recipe)
+            .unwrap();
         let w = &own.distillation.weighting;
-        assert_eq!((w.select, w.phi, w.normalise), (Select::S2, Phi::Ratio, false));
+        assert_eq!((w.select, w.phi, w.normalise, own.distillation.mislead), (Select::S2, Phi::Ratio, false, Select::D4));
         assert_eq!((own.distillation.lambda, own.distillation.feature, own.distil.lr), (2.0, Feature::Taps, 2e-5));
         let back = Recipe { distillation: recipe.distillation.clone(), distil: recipe.distil.clone(), ..own };
         assert_eq!(back, recipe);
         let said = format!("{:#}", row("{name: a, lr: -1}").settings(&recipe).unwrap_err());
         assert!(said.contains("distil.lr"), "{said}");
         // Files written before rows had it are of the same experiments.
-        assert!(!serde_json::to_string(&row("name: a")).unwrap().contains("normalise"));
+        let text = serde_json::to_string(&(row("name: a"), &recipe)).unwrap();
+        assert!(!text.contains("normalise\":null") && !text.contains("mislead"), "{text}");
     }
 
     fn row(recalls: &[f64]) -> Vec<Finished> {

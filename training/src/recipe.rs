@@ -3,7 +3,7 @@
 use crate::augment::Settings as Augment;
 use crate::data::{Near, Settings as Data};
 use crate::net::Precision;
-use crate::partition::Weighting;
+use crate::partition::{Select, Weighting};
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -195,11 +195,20 @@ pub struct Distillation {
     pub weighting: Weighting,
     /// Learning rate of the projection over the student's. [ours]
     pub projection_lr: f64,
+    /// Pairs that are taught from label maps of other places, for experiments: whether what the teacher knows of them helps, or
+    /// being taught at all. [ours]
+    #[serde(skip_serializing_if = "nobody")]
+    pub mislead: Select,
+}
+
+/// Checkpoints of before one could be misled are of this.
+fn nobody(select: &Select) -> bool {
+    *select == Select::None
 }
 
 impl Default for Distillation {
     fn default() -> Self {
-        Self { lambda: 1.0, feature: Feature::Global, weighting: Weighting::default(), projection_lr: 10.0 }
+        Self { lambda: 1.0, feature: Feature::Global, weighting: Weighting::default(), projection_lr: 10.0, mislead: Select::None }
     }
 }
 

@@ -16,7 +16,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::sync::Arc;
@@ -27,6 +27,30 @@ pub struct Teaching {
     /// Hash of teacher and weights.
     pub identity: String,
     pub weights: HashMap<(usize, usize), f32>,
+    pub misled: Option<Misled>,
+}
+
+/// Training pairs (query, reference) that the teacher is shown other places' label maps for, see
+/// [`mislead`](crate::recipe::Distillation::mislead).
+pub struct Misled {
+    pub pairs: HashSet<(usize, usize)>,
+    /// Of each query, the query whose label map stands in.
+    pub queries: Vec<usize>,
+    /// The same for references.
+    pub references: Vec<usize>,
+}
+
+impl Misled {
+    /// `pairs` misled, by stand-ins that `seed` draws among all of the set.
+    pub fn new(pairs: HashSet<(usize, usize)>, set: &Set, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x3151_ed);
+        let mut drawn = |n: usize| {
+            let mut all: Vec<usize> = (0..n).collect();
+            all.shuffle(&mut rng);
+            all
+        };
+        Self { pairs, queries: drawn(set.queries.len()), references: drawn(set.references.len()) }
+    }
 }
 
 /// What a training needs.
@@ -307,17 +331,35 @@ impl Job<'_> {
         Ok(triplets)
     }
 
+    /// What the teacher is shown in place of `items` (queries, positives and what follows), if any of these pairs is misled.
+    fn stand_ins<'a>(&'a self, triplets: &[Triplet], items: &[&'a Item]) -> Option<Vec<&'a Item>> {
+        let misled = self.teaching?.misled.as_ref()?;
+        let own: Vec<usize> = (0..triplets.len()).filter(|i| misled.pairs.contains(&(triplets[*i].query, triplets[*i].positive))).collect();
+        let mut shown = items.to_vec();
+        for i in &own {
+            shown[*i] = &self.train.queries[misled.queries[triplets[*i].query]];
+            shown[triplets.len() + i] = &self.train.references[misled.references[triplets[*i].positive]];
+        }
+        (!own.is_empty()).then_some(shown)
+    }
+
     /// Loads and augments one pass's images.
     fn batch(&self, triplets: &[Triplet], inputs: &[Input], at: u64) -> Result<Batch> {
         let (queries, references) = (&self.train.queries, &self.train.references);
         let mut items: Vec<&Item> = triplets.iter().map(|t| &queries[t.query]).collect();
         items.extend(triplets.iter().map(|t| &references[t.positive]));
         items.extend(triplets.iter().flat_map(|t| t.negatives.iter().map(|n| &references[*n])));
-        let pairs = self.loader.augmented(&items, &self.recipe.augment, self.seed.wrapping_mul(0xd134_2543_de82_ef95) ^ at)?;
+        let seed = self.seed.wrapping_mul(0xd134_2543_de82_ef95) ^ at;
+        let pairs = self.loader.augmented(&items, &self.recipe.augment, seed)?;
         let images = inputs.iter().map(|i| self.loader.tensor(&pairs, *i)).collect::<Result<_>>()?;
-        let taught = &pairs[..if self.recipe.distillation.feature == Feature::Relations { pairs.len() } else { 2 * triplets.len() }];
+        let taught = if self.recipe.distillation.feature == Feature::Relations { items.len() } else { 2 * triplets.len() };
         let teacher = match self.teaching {
-            Some(t) => Some(t.teacher.inputs().into_iter().map(|i| self.loader.tensor(taught, i)).collect::<Result<_>>()?),
+            Some(t) => {
+                let stand_ins = self.stand_ins(triplets, &items[..taught]);
+                let own = stand_ins.map(|s| self.loader.augmented(&s, &self.recipe.augment, seed)).transpose()?;
+                let shown = own.as_deref().unwrap_or(&pairs[..taught]);
+                Some(t.teacher.inputs().into_iter().map(|i| self.loader.tensor(shown, i)).collect::<Result<_>>()?)
+            }
             None => None,
         };
         let weight = |t: &Triplet| self.teaching.and_then(|w| w.weights.get(&(t.query, t.positive))).copied().unwrap_or(0.0);

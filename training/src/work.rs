@@ -4,11 +4,11 @@ use crate::checkpoint::write_whole;
 use crate::data::{progress, Loader, Set};
 use crate::learner::{Kind, Learner};
 use crate::net::Gpu;
-use crate::partition::{counts, group, Complementarity, Group, GROUPS};
+use crate::partition::{counts, group, Complementarity, Group, Select, GROUPS};
 use crate::rank::{best_ranks, rank_among_wrong, similarities, Recall};
 use crate::recipe::Recipe;
 use crate::report;
-use crate::train::{describe_set, evaluate, export, loader, Job, Summary, Teaching};
+use crate::train::{describe_set, evaluate, export, loader, Job, Misled, Summary, Teaching};
 use anyhow::{bail, ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -373,17 +373,22 @@ pub fn partition(args: &Partition) -> Result<()> {
     Ok(())
 }
 
-/// The weights of the training pairs, by the recipe's weighting.
-pub fn teaching(teacher: Learner, pairs: &[Ranked], recipe: &Recipe) -> Result<Teaching> {
-    let weights = recipe.distillation.weighting.weights(&xy(pairs));
+/// The weights of the training pairs of `set`, by the recipe's weighting; `seed` draws the label maps of those that are misled.
+pub fn teaching(teacher: Learner, pairs: &[Ranked], set: &Set, recipe: &Recipe, seed: u64) -> Result<Teaching> {
+    let d = &recipe.distillation;
+    let weights = d.weighting.weights(&xy(pairs));
     let mut hash = Sha256::new();
     hash.update(fingerprint(&teacher)?);
     for (p, w) in pairs.iter().zip(&weights) {
         hash.update(format!("{p:?} {w}\n"));
     }
+    // Who is misled, and by what, follows from the pairs, the seed and the recipe, which are part of a training's identity.
     let identity = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
     let weights = pairs.iter().zip(weights).map(|(p, w)| ((p.query, p.reference), w as f32)).collect();
-    Ok(Teaching { teacher, identity, weights })
+    let n_t = d.weighting.n_t;
+    let misled = pairs.iter().filter(|p| d.mislead.holds(p.y, group(p.x, p.y, n_t), n_t)).map(|p| (p.query, p.reference));
+    let misled = (d.mislead != Select::None).then(|| Misled::new(misled.collect(), set, seed));
+    Ok(Teaching { teacher, identity, weights, misled })
 }
 
 fn read_pairs(path: &Path, set: &Set) -> Result<Vec<Ranked>> {
@@ -417,7 +422,7 @@ pub fn distill(args: &Distill) -> Result<()> {
     let summary: PartitionSummary = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
     ensure!(summary.teacher == fingerprint(&teacher)?, "{} was made with another teacher than {}", path.display(), args.seg.display());
     let pairs = read_pairs(&args.partition.join("pairs.csv"), &sets.train)?;
-    let teaching = teaching(teacher, &pairs, &recipe)?;
+    let teaching = teaching(teacher, &pairs, &sets.train, &recipe, args.common.seed)?;
     let job = Job {
         kind: Kind::Rgb,
         recipe: &recipe,
