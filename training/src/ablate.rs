@@ -2,7 +2,7 @@
 
 use crate::checkpoint::write_whole;
 use crate::data::{Loader, Set};
-use crate::learner::{Kind, Learner};
+use crate::learner::Kind;
 use crate::net::Gpu;
 use crate::partition::{Phi, Select};
 use crate::rank::Recall;
@@ -10,12 +10,13 @@ use crate::recipe::{Feature, Recipe};
 use crate::report::{escape, page};
 use crate::train::Job;
 use crate::work::{
-    audit, fingerprint, finish, ranks, set_threads, stage1_job, summarise, teaching, write_partition, Finished, Ranked, Ranks, Sets,
+    audit, fingerprint, finish, ranks, set_threads, stage1_job, summarise, teaching, write_partition, Finished, Ranked, Sets,
 };
 use anyhow::{bail, ensure, Context, Result};
 use plotters::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -64,6 +65,9 @@ pub struct Experiments<R = Row> {
     /// Names of rows, best first: whether their means come out in this order is said below the table.
     #[serde(default)]
     pub order: Vec<String>,
+    /// More such orders, each judged for itself.
+    #[serde(default)]
+    pub orders: Vec<Vec<String>>,
     /// A row and its negative control: what the first gains over `over` counts only as far as the second does not.
     #[serde(default)]
     pub control: Option<Control>,
@@ -79,7 +83,7 @@ pub struct Control {
 }
 
 /// Which label maps the teacher of a row was trained and is used on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Teacher {
     /// Each image's own.
@@ -87,6 +91,16 @@ pub enum Teacher {
     True,
     /// Another place's: the negative control.
     Shuffled,
+}
+
+impl Teacher {
+    /// Where a seed keeps its stage 1, and its partition.
+    fn folders(self) -> (&'static str, &'static str) {
+        match self {
+            Self::True => ("seg", "partition"),
+            Self::Shuffled => ("seg-shuffled", "partition-shuffled"),
+        }
+    }
 }
 
 /// One row.
@@ -158,10 +172,11 @@ impl Experiments {
 
     /// Parses an experiments file that lies in `dir`.
     fn parse(text: &str, dir: &Path) -> Result<Self> {
-        let Experiments { title, recipe, seeds, rows, order, control }: Experiments<serde_yaml::Value> = serde_yaml::from_str(text)?;
+        let Experiments { title, recipe, seeds, rows, order, orders, control }: Experiments<serde_yaml::Value> =
+            serde_yaml::from_str(text)?;
         let row = |(i, entry)| row_of(entry, dir).with_context(|| format!("`rows`, number {}", i + 1));
         let rows = rows.into_iter().enumerate().map(row).collect::<Result<_>>()?;
-        let e = Self { title, recipe, seeds, rows, order, control };
+        let e = Self { title, recipe, seeds, rows, order, orders, control };
         ensure!(!e.rows.is_empty() && !e.seeds.is_empty(), "`rows` and `seeds` must not be empty");
         let names: Vec<&str> = e.rows.iter().map(|r| r.name.as_str()).collect();
         for (i, name) in names.iter().enumerate() {
@@ -169,8 +184,8 @@ impl Experiments {
             ensure!(!name.is_empty() && !STAGE1.contains(name), "a row cannot be called `{name}`");
         }
         let control = e.control.iter().flat_map(|c| [&c.row, &c.control, &c.over]);
-        for name in e.order.iter().chain(control) {
-            ensure!(names.contains(&name.as_str()), "`order` or `control` names `{name}`; rows: {}", names.join(", "));
+        for name in e.order.iter().chain(e.orders.iter().flatten()).chain(control) {
+            ensure!(names.contains(&name.as_str()), "`order`, `orders` or `control` names `{name}`; rows: {}", names.join(", "));
         }
         Ok(e)
     }
@@ -218,27 +233,58 @@ struct Seed<'a> {
 }
 
 impl Seed<'_> {
-    /// Stage 1 of a branch: its learner, and its result.
-    fn stage1(&self, kind: Kind, folder: &str) -> Result<(Learner, Finished)> {
-        let dir = self.dir.join(folder);
-        let job = stage1_job(kind, self.recipe, self.seed, self.sets, self.loader, self.gpu);
-        let id = identity(&(kind, self.recipe, self.seed, folder))?;
-        let mut trained = None;
-        let finished = cached(&dir, &id, || {
-            let (learner, summary) = job.run(&dir)?;
-            let finished = finish(&learner, &summary, self.loader, self.sets, self.recipe, &dir)?;
-            trained = Some(learner);
-            Ok(finished)
-        })?;
-        Ok((trained.map_or_else(|| job.load(&dir), Ok)?, finished))
+    fn stage1_job(&self, kind: Kind) -> Job<'_> {
+        stage1_job(kind, self.recipe, self.seed, self.sets, self.loader, self.gpu)
     }
 
-    fn partition(&self, seg: &Learner, rgb: &Learner, folder: &str) -> Result<Ranks> {
-        let ranks = ranks(seg, rgb, self.loader, &self.sets.train, self.recipe.distillation.weighting.n_t)?;
-        let summary = summarise(&ranks, self.recipe, &fingerprint(seg)?);
+    /// Stage 1 of a branch.
+    fn stage1(&self, kind: Kind, folder: &str) -> Result<Finished> {
+        let dir = self.dir.join(folder);
+        let id = identity(&(kind, self.recipe, self.seed, folder))?;
+        cached(&dir, &id, || {
+            let (learner, summary) = self.stage1_job(kind).run(&dir)?;
+            finish(&learner, &summary, self.loader, self.sets, self.recipe, &dir)
+        })
+    }
+
+    /// The pairs by the branches whose stage 1 is in folders `seg` and rgb.
+    fn partition(&self, seg: &str, folder: &str) -> Result<Vec<Ranked>> {
+        let (seg, rgb) = (self.stage1_job(Kind::Seg).load(&self.dir.join(seg))?, self.stage1_job(Kind::Rgb).load(&self.dir.join("rgb"))?);
+        let ranks = ranks(&seg, &rgb, self.loader, &self.sets.train, self.recipe.distillation.weighting.n_t)?;
+        let summary = summarise(&ranks, self.recipe, &fingerprint(&seg)?);
         write_partition(&ranks, &summary, self.recipe, self.sets, &self.dir.join(folder))?;
         print!("seed {}, {folder}:\n{}", self.seed, audit(&summary));
-        Ok(ranks)
+        Ok(ranks.pairs)
+    }
+
+    /// One row, by `recipe`, its own; `rgb` is what stage 1's rgb branch gave.
+    fn row(&self, row: &Row, recipe: &Recipe, pairs: &[Ranked], rgb: &Finished, folder: &Path) -> Result<Finished> {
+        let taught = row.kind == Kind::Rgb && recipe.distillation.weighting.select != Select::None && recipe.distillation.lambda > 0.0;
+        let teaching = match taught {
+            true => {
+                let teacher = self.stage1_job(Kind::Seg).load(&self.dir.join(row.teacher.folders().0))?;
+                Some(teaching(teacher, pairs, &self.sets.train, recipe, self.seed)?)
+            }
+            false => None,
+        };
+        let job = Job {
+            kind: row.kind,
+            recipe,
+            schedule: &recipe.distil,
+            seed: self.seed,
+            train: &self.sets.train,
+            validation: &self.sets.validation,
+            loader: self.loader,
+            gpu: self.gpu.cloned(),
+            teaching: teaching.as_ref(),
+            title: format!("seed {}, {}", self.seed, row.name),
+        };
+        // A student that nobody teaches, on stage 1's schedule, is the rgb branch once more, to the last bit.
+        if !taught && job.identity()? == self.stage1_job(Kind::Rgb).identity()? {
+            return Ok(rgb.clone());
+        }
+        let (learner, summary) = job.run(folder)?;
+        finish(&learner, &summary, self.loader, self.sets, recipe, folder)
     }
 }
 
@@ -265,12 +311,9 @@ pub fn run(args: &Args) -> Result<()> {
     for seed in &experiments.seeds {
         let dir = args.out.join(format!("seed-{seed}"));
         let own = Seed { recipe: &recipe, seed: *seed, sets: &sets, loader: &loader, gpu: gpu.as_ref(), dir: dir.clone() };
-        let (rgb, rgb_done) = own.stage1(Kind::Rgb, "rgb")?;
-        let (seg, seg_done) = own.stage1(Kind::Seg, "seg")?;
-        table.entry(STAGE1[0].into()).or_default().push(rgb_done.clone());
-        table.entry(STAGE1[1].into()).or_default().push(seg_done);
-        let pairs = own.partition(&seg, &rgb, "partition")?.pairs;
-        drop(seg);
+        let rgb = own.stage1(Kind::Rgb, "rgb")?;
+        table.entry(STAGE1[0].into()).or_default().push(rgb.clone());
+        table.entry(STAGE1[1].into()).or_default().push(own.stage1(Kind::Seg, "seg")?);
         // The control's teacher sees another place's label map for every image, in training and in use.
         let mut shuffled = None;
         if shuffled_wanted {
@@ -286,19 +329,26 @@ pub fn run(args: &Args) -> Result<()> {
             };
             let loader = sets.loader(&recipe)?;
             let own = Seed { sets: &sets, loader: &loader, dir: dir.clone(), ..own };
-            let (teacher, done) = own.stage1(Kind::Seg, "seg-shuffled")?;
-            table.entry(STAGE1[2].into()).or_default().push(done);
-            let pairs = own.partition(&teacher, &rgb, "partition-shuffled")?.pairs;
-            drop(teacher);
-            shuffled = Some((sets, loader, pairs));
+            table.entry(STAGE1[2].into()).or_default().push(own.stage1(Kind::Seg, "seg-shuffled")?);
+            shuffled = Some((sets, loader));
         }
+        // Ranked when a row asks for them: where all rows are finished, none does.
+        let mut pairs: BTreeMap<Teacher, Vec<Ranked>> = BTreeMap::new();
         for row in &experiments.rows {
             let folder = dir.join("rows").join(row.name.replace(|c: char| !c.is_ascii_alphanumeric(), "-"));
-            let own = row.settings(&recipe)?;
-            let id = identity(&(row, &own, seed))?;
+            let settings = row.settings(&recipe)?;
+            let id = identity(&(row, &settings, seed))?;
+            let own = match (row.teacher, &shuffled) {
+                (Teacher::Shuffled, Some((sets, loader))) => Seed { sets, loader, dir: dir.clone(), ..own },
+                _ => Seed { dir: dir.clone(), ..own },
+            };
             let finished = cached(&folder, &id, || {
-                let sets = (&sets, &loader, pairs.as_slice());
-                run_row(row, &own, *seed, sets, shuffled.as_ref(), gpu.as_ref(), (&dir, &rgb_done), &folder)
+                let (seg, partition) = row.teacher.folders();
+                let pairs = match pairs.entry(row.teacher) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(new) => new.insert(own.partition(seg, partition)?),
+                };
+                own.row(row, &settings, pairs, &rgb, &folder)
             })
             .with_context(|| format!("row `{}`, seed {seed}", row.name))?;
             let said: Vec<String> = finished.tests.iter().map(|(n, r)| format!("{n} R@1 {:.3}", r.get(1))).collect();
@@ -310,49 +360,6 @@ pub fn run(args: &Args) -> Result<()> {
     println!("{}", std::fs::read_to_string(args.out.join("table.md"))?);
     println!("{}", args.out.join("table.html").display());
     Ok(())
-}
-
-#[allow(clippy::too_many_arguments)]
-fn run_row(
-    row: &Row,
-    recipe: &Recipe,
-    seed: u64,
-    own: (&Sets, &Loader, &[Ranked]),
-    shuffled: Option<&(Sets, Loader, Vec<Ranked>)>,
-    gpu: Option<&Arc<Gpu>>,
-    (dir, rgb): (&Path, &Finished),
-    folder: &Path,
-) -> Result<Finished> {
-    let ((sets, loader, pairs), teacher_dir) = match (row.teacher, shuffled) {
-        (Teacher::Shuffled, Some((s, l, p))) => ((s, l, p.as_slice()), dir.join("seg-shuffled")),
-        _ => (own, dir.join("seg")),
-    };
-    let taught = row.kind == Kind::Rgb && recipe.distillation.weighting.select != Select::None && recipe.distillation.lambda > 0.0;
-    let teaching = match taught {
-        true => {
-            let teacher = stage1_job(Kind::Seg, recipe, seed, sets, loader, gpu).load(&teacher_dir)?;
-            Some(teaching(teacher, pairs, &sets.train, recipe, seed)?)
-        }
-        false => None,
-    };
-    let job = Job {
-        kind: row.kind,
-        recipe,
-        schedule: &recipe.distil,
-        seed,
-        train: &sets.train,
-        validation: &sets.validation,
-        loader,
-        gpu: gpu.cloned(),
-        teaching: teaching.as_ref(),
-        title: format!("seed {seed}, {}", row.name),
-    };
-    // A student that nobody teaches, on stage 1's schedule, is the rgb branch once more, to the last bit.
-    if !taught && job.identity()? == stage1_job(Kind::Rgb, recipe, seed, sets, loader, gpu).identity()? {
-        return Ok(rgb.clone());
-    }
-    let (learner, summary) = job.run(folder)?;
-    finish(&learner, &summary, loader, sets, recipe, folder)
 }
 
 /// Mean and standard deviation over seeds (n - 1).
@@ -447,8 +454,11 @@ fn verdict_of(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>, test: Op
         mean_and_spread(&r1(a).iter().zip(r1(b)).map(|(a, b)| 100.0 * (a - b)).collect::<Vec<_>>())
     };
     let mut out = Vec::new();
-    let order: Vec<(&String, &[Finished])> = e.order.iter().filter_map(|n| Some((n, table.get(n)?.as_slice()))).collect();
-    if order.len() > 1 {
+    for names in std::iter::once(&e.order).chain(&e.orders) {
+        let order: Vec<(&String, &[Finished])> = names.iter().filter_map(|n| Some((n, table.get(n)?.as_slice()))).collect();
+        if order.len() < 2 {
+            continue;
+        }
         let means: Vec<(f64, f64)> = order.iter().map(|(_, row)| mean_and_spread(&r1(row))).collect();
         let text: Vec<String> =
             order.iter().zip(&means).map(|((n, _), (m, s))| format!("{n} {:.1} ± {:.1}", 100.0 * m, 100.0 * s)).collect();
@@ -559,6 +569,7 @@ mod tests {
         for (text, want) in [
             (good.replace("name: b", "name: a"), "two rows are called `a`"),
             (format!("{good}order: [c]\n"), "names `c`; rows: a, b"),
+            (format!("{good}orders: [[a, b], [b, d]]\n"), "names `d`; rows: a, b"),
             (good.replace("seeds: [1]", "seeds: []"), "must not be empty"),
             (good.replace("name: b", "name: 'rgb, stage 1'"), "cannot be called"),
             (good.replace("name: b", "nom: b"), "`rows`, number 2: unknown field `nom`"),
@@ -623,7 +634,11 @@ mod tests {
         let said = verdict(&e, &table(&[0.3, 0.31], &[0.35, 0.31], &[0.36, 0.35]));
         assert!(said[0].contains("does not come out: w is below n") && said[0].contains("is not beyond the control"), "{said:?}");
         assert!(said[0].contains("w over n -2.5 ± 3.5 (within the spread)"), "{said:?}");
-        let nothing = Experiments { order: Vec::new(), control: None, ..e };
+        // Each further order has a sentence of its own.
+        let e = Experiments { orders: vec![vec!["n".into(), "w".into()]], ..e };
+        let said = verdict(&e, &table(&[0.3, 0.31], &[0.2, 0.21], &[0.2, 0.2]));
+        assert!(said[0].contains("It comes out.") && said[0].contains("It does not come out: n is below w."), "{said:?}");
+        let nothing = Experiments { order: Vec::new(), orders: Vec::new(), control: None, ..e };
         assert!(verdict(&nothing, &table(&[0.3], &[0.3], &[0.3])).is_empty());
     }
 }

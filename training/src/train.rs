@@ -43,7 +43,7 @@ pub struct Misled {
 impl Misled {
     /// `pairs` misled, by stand-ins that `seed` draws among all of the set.
     pub fn new(pairs: HashSet<(usize, usize)>, set: &Set, seed: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x3151_ed);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x0031_51ed);
         let mut drawn = |n: usize| {
             let mut all: Vec<usize> = (0..n).collect();
             all.shuffle(&mut rng);
