@@ -51,6 +51,7 @@ pub struct Query {
     /// Padded as the rows are.
     values: Vec<i16>,
     /// Upper and lower bytes of the values plus 32768: the products of VNNI take one factor without a sign.
+    #[cfg(target_arch = "x86_64")]
     bytes: Vec<u8>,
     step: f32,
     /// What an error of 1 in a row moves a similarity by, at most.
@@ -72,12 +73,22 @@ impl Query {
         let error = query.iter().zip(&values).map(lost).sum::<f64>().sqrt();
         let norm = query.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         values.resize(stride(dim), 0);
-        let shifted = |v: &i16| (*v as u16) ^ 0x8000;
-        let bytes = values.iter().map(|v| (shifted(v) >> 8) as u8).chain(values.iter().map(|v| shifted(v) as u8)).collect();
+        #[cfg(target_arch = "x86_64")]
+        let bytes = {
+            let shifted = |v: &i16| (*v as u16) ^ 0x8000;
+            values.iter().map(|v| (shifted(v) >> 8) as u8).chain(values.iter().map(|v| shifted(v) as u8)).collect()
+        };
         // n roundings of products and sums, here and in the exact similarity.
         let rounding = (dim + 16) as f64 * f64::from(f32::EPSILON) * norm * f64::from(longest);
         let slack = upwards(error * f64::from(longest) + rounding);
-        Self { values, bytes, step, per_error: upwards(norm + error), slack }
+        Self {
+            values,
+            #[cfg(target_arch = "x86_64")]
+            bytes,
+            step,
+            per_error: upwards(norm + error),
+            slack,
+        }
     }
 
     /// Bounds of a row's similarity to the query, from the sum of the products of their codes.
