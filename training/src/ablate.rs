@@ -466,7 +466,8 @@ fn verdict_of(e: &Experiments, table: &BTreeMap<String, Vec<Finished>>, test: Op
         let broken: Vec<String> =
             pairs().filter(|(_, m)| m[0].0 < m[1].0).map(|(w, _)| format!("{} is below {}", w[0].0, w[1].0)).collect();
         let how = if broken.is_empty() { "comes out".to_string() } else { format!("does not come out: {}", broken.join(", ")) };
-        out.push(format!("expected order (R@1) {}. It {how}.", text.join(" >= ")));
+        let expected = if out.is_empty() { "expected" } else { "Expected" };
+        out.push(format!("{expected} order (R@1) {}. It {how}.", text.join(" >= ")));
         // One seed has no spread.
         let steps: Vec<String> = order
             .windows(2)
