@@ -120,6 +120,13 @@ pub(super) unsafe fn panel<V: Vector>(
     assert!(pixels == 0 || x.data.len() >= (pixels - 1) * x.stride + (lines - 1) * pitch + across, "pointwise: input");
     assert!(out.len() >= pixels * packed.outputs, "pointwise: output");
     assert!(residual.is_none_or(|r| r.stride >= packed.outputs && r.data.len() >= pixels * r.stride), "pointwise: residual");
+    // Of few pixels a panel's weights are soon through, and the next come from far: they are asked for while this panel is at work.
+    let ahead = match packed.panels.get(panel + 1) {
+        Some(next) if V::LANES < UNIT && packed.inputs <= AHEAD => {
+            (packed.inputs * next.units / pixels.max(1), packed.weights.values()[next.weights..].as_ptr())
+        }
+        _ => (0, std::ptr::null()),
+    };
     let weights = &packed.weights.values()[weights..][..packed.inputs * units * UNIT];
     let bias = &packed.bias[first..][..units * UNIT];
     let call = Call {
@@ -135,6 +142,7 @@ pub(super) unsafe fn panel<V: Vector>(
         out: out.as_mut_ptr().wrapping_add(first),
         out_stride: packed.outputs,
         activation,
+        ahead,
     };
     // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
     // and the panel's weights and biases are whole.
@@ -198,6 +206,10 @@ pub(super) trait Tile: Copy {
         // SAFETY: the caller's promise, for each pixel once.
         unsafe {
             while at + ROWS <= pixels {
+                // A tile of one or two rows takes as long as one of four: its sums wait for one another.
+                if ROWS == 6 && (pixels - at == 7 || pixels - at == 8) {
+                    break;
+                }
                 self.from(at).tile::<V, ROWS, VECTORS>();
                 at += ROWS;
             }
@@ -216,6 +228,11 @@ pub(super) trait Tile: Copy {
     }
 }
 
+/// Input channels between two looks at whether there are more.
+const UNROLL: usize = 4;
+/// Input channels of panels that are asked for ahead: larger ones would push what is at work out of the first-level cache.
+const AHEAD: usize = 256;
+
 #[derive(Clone, Copy)]
 struct Call {
     /// Inputs of a line.
@@ -231,6 +248,37 @@ struct Call {
     out: *mut f32,
     out_stride: usize,
     activation: Activation,
+    /// Lines of the cache to ask for with each pixel, and the first of them.
+    ahead: (usize, *const f32),
+}
+
+impl Call {
+    /// Adds the products of one input channel, of which the first pixel's value is at `x`.
+    ///
+    /// # Safety
+    ///
+    /// As [`Tile::tile`]; the values and weights are there.
+    #[inline(always)]
+    unsafe fn products<V: Vector, const ROWS: usize, const VECTORS: usize>(
+        self,
+        sums: &mut [[V; VECTORS]; ROWS],
+        x: *const f32,
+        weights: *const f32,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut w = [V::splat(0.0); VECTORS];
+            for (v, w) in w.iter_mut().enumerate() {
+                *w = V::load(weights.add(v * V::LANES));
+            }
+            for (r, row) in sums.iter_mut().enumerate() {
+                let x = V::splat(*x.add(r * self.stride));
+                for (sum, w) in row.iter_mut().zip(w) {
+                    *sum = x.fma(w, *sum);
+                }
+            }
+        }
+    }
 }
 
 impl Tile for Call {
@@ -242,6 +290,7 @@ impl Tile for Call {
                 x: self.x.add(pixel * self.stride),
                 out: self.out.add(pixel * self.out_stride),
                 residual: if self.residual.is_null() { self.residual } else { self.residual.add(pixel * self.residual_stride) },
+                ahead: (self.ahead.0, self.ahead.1.wrapping_add(pixel * self.ahead.0 * UNIT)),
                 ..self
             }
         }
@@ -257,6 +306,11 @@ impl Tile for Call {
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.
         unsafe {
+            if V::LANES < UNIT {
+                for line in 0..ROWS * self.ahead.0 {
+                    V::prefetch(self.ahead.1.wrapping_add(line * UNIT));
+                }
+            }
             let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
             for v in 0..VECTORS {
                 let bias = V::load(self.bias.add(v * V::LANES));
@@ -267,18 +321,20 @@ impl Tile for Call {
             let mut weights = self.weights;
             for line in 0..self.lines {
                 let x = self.x.add(line * self.pitch);
-                for i in 0..self.across {
-                    let mut w = [V::splat(0.0); VECTORS];
-                    for (v, w) in w.iter_mut().enumerate() {
-                        *w = V::load(weights.add(v * V::LANES));
+                let mut i = 0;
+                // With sixteen registers the products of an input channel are few, and what counts them would be a fifth of the
+                // instructions: seen where another thread shares the core.
+                while V::LANES == 8 && i + UNROLL <= self.across {
+                    for step in 0..UNROLL {
+                        self.products(&mut sums, x.add(i + step), weights.add(step * VECTORS * V::LANES));
                     }
-                    for (r, row) in sums.iter_mut().enumerate() {
-                        let x = V::splat(*x.add(r * self.stride + i));
-                        for (sum, w) in row.iter_mut().zip(w) {
-                            *sum = x.fma(w, *sum);
-                        }
-                    }
+                    weights = weights.add(UNROLL * VECTORS * V::LANES);
+                    i += UNROLL;
+                }
+                while i < self.across {
+                    self.products(&mut sums, x.add(i), weights);
                     weights = weights.add(VECTORS * V::LANES);
+                    i += 1;
                 }
             }
             if !self.residual.is_null() {

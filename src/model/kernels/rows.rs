@@ -1,5 +1,6 @@
 //! One row of output at a time, channels side by side: depthwise 3x3, and the stem's 3x3 over three planes.
 
+use super::aligned::Aligned;
 use super::pointwise::{activate, padded, UNIT};
 use super::vector::Vector;
 use super::Activation;
@@ -9,19 +10,22 @@ use super::Activation;
 pub(super) struct Depthwise {
     /// Padded to whole units.
     pub channels: usize,
-    /// Nine taps, then the bias, then the most that an output is, each over all channels.
-    weights: Vec<f32>,
+    /// Unit by unit: nine taps, then the bias, then the most that an output is, each over the unit's channels.
+    weights: Aligned<f32>,
 }
+
+/// Vectors of a unit of a depthwise convolution's weights.
+const VECTORS: usize = 11;
 
 impl Depthwise {
     /// From `weights`, C x 9, and `bias`, C. `scales`, above 0, are what each channel's output is multiplied by; empty: by nothing.
     pub fn new(weights: &[f32], bias: &[f32], scales: &[f32]) -> Self {
         let channels = padded(bias.len());
-        let mut all = vec![0f32; 11 * channels];
+        let mut all = Aligned::new(VECTORS * channels);
         for (c, (taps, bias)) in weights.chunks_exact(9).zip(bias).enumerate() {
             let scale = scales.get(c).copied().unwrap_or(1.0);
             for (t, w) in taps.iter().chain([bias, &6.0]).enumerate() {
-                all[t * channels + c] = w * scale;
+                all.values_mut()[(c / UNIT * VECTORS + t) * UNIT + c % UNIT] = w * scale;
             }
         }
         Self { channels, weights: all }
@@ -84,52 +88,116 @@ unsafe fn depthwise<V: Vector, const STRIDE: usize, const ROWS: usize, const COL
     let first = left.div_ceil(STRIDE).min(out_width);
     let last = if width + left >= 3 { ((width + left - 3) / STRIDE + 1).min(out_width) } else { 0 };
     let last = last.max(first);
-    let out = out.as_mut_ptr();
-    for c in (0..channels).step_by(V::LANES) {
-        // SAFETY: `channels` is a multiple of the lanes, so that a vector at c of any pixel within the asserted widths is
-        // within its slice; the columns of `first..last` are inside by construction, the others are checked one by one.
-        unsafe {
-            let mut taps = [V::splat(0.0); 9];
-            for (t, w) in taps.iter_mut().enumerate() {
-                *w = V::load(op.weights.as_ptr().add(t * channels + c));
+    let (weights, out) = (op.weights.values().as_ptr(), out.as_mut_ptr());
+    // SAFETY: `channels` is whole units, so that a vector at c of any pixel within the asserted widths is within its slice;
+    // the columns of `first..last` are inside by construction, the others are checked one by one.
+    unsafe {
+        if V::LANES == UNIT {
+            // A vector is a line of the cache, and there are registers for its taps.
+            for c in (0..channels).step_by(V::LANES) {
+                let taps = Taps::load(weights, c);
+                let mut x = 0;
+                while x < out_width {
+                    if x >= first && x + ACROSS <= last {
+                        tile::<V, STRIDE, ROWS, COLUMNS>(&taps, (left, channels, c), rows, x, out_width, out);
+                        x += ACROSS;
+                    } else {
+                        edge::<V, STRIDE, ROWS>(&taps, (left, width, channels, c), rows, x, out_width, out);
+                        x += 1;
+                    }
+                }
             }
-            let bias = V::load(op.weights.as_ptr().add(9 * channels + c));
-            let most = V::load(op.weights.as_ptr().add(10 * channels + c));
-            let mut x = 0;
-            while x < first {
-                edge::<V, STRIDE, ROWS>((&taps, bias, most), (left, width, channels, c), rows, x, out_width, out);
+            return;
+        }
+        // Elsewhere all channels of some pixels: what a line holds is used while it is near, and lines that are as far from one
+        // another as pixels of many channels would push each other out.
+        let mut x = 0;
+        while x < out_width {
+            // The last of the pixels whose columns are inside are computed with some before them: sooner than one by one.
+            if x > first && x < last && x + ACROSS > last && last - first >= ACROSS {
+                x = last - ACROSS;
+            }
+            if x >= first && x + ACROSS <= last {
+                for c in (0..channels).step_by(V::LANES) {
+                    tile::<V, STRIDE, ROWS, COLUMNS>(&Taps::load(weights, c), (left, channels, c), rows, x, out_width, out);
+                }
+                x += ACROSS;
+            } else {
+                for c in (0..channels).step_by(V::LANES) {
+                    edge::<V, STRIDE, ROWS>(&Taps::load(weights, c), (left, width, channels, c), rows, x, out_width, out);
+                }
                 x += 1;
             }
-            while x + ACROSS <= last {
-                let mut sums = [[bias; ACROSS]; ROWS];
-                for y in 0..(ROWS - 1) * STRIDE + 3 {
-                    let from = rows.get_unchecked(y).as_ptr().add((x * STRIDE - left) * channels + c);
-                    let mut values = [bias; COLUMNS];
-                    for (k, v) in values.iter_mut().enumerate() {
-                        *v = V::load(from.add(k * channels));
-                    }
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let tap = y.wrapping_sub(r * STRIDE);
-                        if tap < 3 {
-                            for (k, sum) in sums.iter_mut().enumerate() {
-                                for t in 0..3 {
-                                    *sum = values[k * STRIDE + t].fma(taps[3 * tap + t], *sum);
-                                }
-                            }
+        }
+    }
+}
+
+/// One vector of channels of a depthwise convolution's weights.
+#[derive(Clone, Copy)]
+struct Taps<V> {
+    taps: [V; 9],
+    bias: V,
+    most: V,
+}
+
+impl<V: Vector> Taps<V> {
+    /// Of the channels from `c` on, of a [`Depthwise`]'s `weights`.
+    ///
+    /// # Safety
+    ///
+    /// The processor has the instruction set of `V`, and there are so many channels.
+    #[inline(always)]
+    unsafe fn load(weights: *const f32, c: usize) -> Self {
+        // SAFETY: the caller's promise: a unit's vectors lie one after the other.
+        unsafe {
+            let from = weights.add(c / UNIT * VECTORS * UNIT + c % UNIT);
+            let mut taps = [V::splat(0.0); 9];
+            for (t, w) in taps.iter_mut().enumerate() {
+                *w = V::load(from.add(t * UNIT));
+            }
+            Self { taps, bias: V::load(from.add(9 * UNIT)), most: V::load(from.add(10 * UNIT)) }
+        }
+    }
+}
+
+/// `ROWS` x [`ACROSS`] pixels of output, one vector of channels.
+///
+/// # Safety
+///
+/// As [`depthwise`], of whose loop this is a part; all columns that the pixels see are inside.
+#[inline(always)]
+unsafe fn tile<V: Vector, const STRIDE: usize, const ROWS: usize, const COLUMNS: usize>(
+    Taps { taps, bias, most }: &Taps<V>,
+    (left, channels, c): (usize, usize, usize),
+    rows: &[&[f32]],
+    x: usize,
+    out_width: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[*bias; ACROSS]; ROWS];
+        for y in 0..(ROWS - 1) * STRIDE + 3 {
+            let from = rows.get_unchecked(y).as_ptr().add((x * STRIDE - left) * channels + c);
+            let mut values = [*bias; COLUMNS];
+            for (k, v) in values.iter_mut().enumerate() {
+                *v = V::load(from.add(k * channels));
+            }
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let tap = y.wrapping_sub(r * STRIDE);
+                if tap < 3 {
+                    for (k, sum) in sums.iter_mut().enumerate() {
+                        for t in 0..3 {
+                            *sum = values[k * STRIDE + t].fma(taps[3 * tap + t], *sum);
                         }
                     }
                 }
-                for (r, sums) in sums.into_iter().enumerate() {
-                    for (k, sum) in sums.into_iter().enumerate() {
-                        let to = out.add((r * out_width + x + k) * channels + c);
-                        sum.at_least(V::splat(0.0)).at_most(most).store(to);
-                    }
-                }
-                x += ACROSS;
             }
-            while x < out_width {
-                edge::<V, STRIDE, ROWS>((&taps, bias, most), (left, width, channels, c), rows, x, out_width, out);
-                x += 1;
+        }
+        for (r, sums) in sums.into_iter().enumerate() {
+            for (k, sum) in sums.into_iter().enumerate() {
+                let to = out.add((r * out_width + x + k) * channels + c);
+                sum.at_least(V::splat(0.0)).at_most(*most).store(to);
             }
         }
     }
@@ -143,7 +211,7 @@ unsafe fn depthwise<V: Vector, const STRIDE: usize, const ROWS: usize, const COL
 /// As [`depthwise`], of whose loop this is a part.
 #[inline(always)]
 unsafe fn edge<V: Vector, const STRIDE: usize, const ROWS: usize>(
-    (taps, bias, most): (&[V; 9], V, V),
+    Taps { taps, bias, most }: &Taps<V>,
     (left, width, channels, c): (usize, usize, usize, usize),
     rows: &[&[f32]],
     x: usize,
@@ -153,7 +221,7 @@ unsafe fn edge<V: Vector, const STRIDE: usize, const ROWS: usize>(
     // SAFETY: the caller's promise; columns outside are not read.
     unsafe {
         for r in 0..ROWS {
-            let mut sum = bias;
+            let mut sum = *bias;
             for y in 0..3 {
                 let row = rows.get_unchecked(r * STRIDE + y).as_ptr();
                 for t in 0..3 {
@@ -163,7 +231,7 @@ unsafe fn edge<V: Vector, const STRIDE: usize, const ROWS: usize>(
                     }
                 }
             }
-            sum.at_least(V::splat(0.0)).at_most(most).store(out.add((r * out_width + x) * channels + c));
+            sum.at_least(V::splat(0.0)).at_most(*most).store(out.add((r * out_width + x) * channels + c));
         }
     }
 }
@@ -260,37 +328,60 @@ unsafe fn stem_tiles<V: Vector, const ROWS: usize, const VECTORS: usize>(
     last: usize,
     out: *mut f32,
 ) {
+    let first = *x;
     // SAFETY: the caller's promise.
     unsafe {
-        while *x + ROWS <= last {
-            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
-            for v in 0..VECTORS {
-                let bias = V::load(op.weights.as_ptr().add(27 * STEM + v * V::LANES));
-                for row in &mut sums {
-                    row[v] = bias;
-                }
-            }
-            for (r, row) in rows.iter().enumerate() {
-                for t in 0..3 {
-                    let from = row.add(2 * *x + t - left);
-                    let mut w = [V::splat(0.0); VECTORS];
-                    for (v, w) in w.iter_mut().enumerate() {
-                        *w = V::load(op.weights.as_ptr().add((3 * r + t) * STEM + v * V::LANES));
-                    }
-                    for (k, sums) in sums.iter_mut().enumerate() {
-                        let value = V::splat(*from.add(2 * k));
-                        for (sum, w) in sums.iter_mut().zip(w) {
-                            *sum = value.fma(w, *sum);
-                        }
-                    }
-                }
-            }
-            for (k, sums) in sums.into_iter().enumerate() {
-                for (v, sum) in sums.into_iter().enumerate() {
-                    activate(sum, Activation::Relu6).store(out.add((*x + k) * STEM + v * V::LANES));
-                }
+        while *x < last && last - first >= ROWS {
+            // The last tile computes some of the pixels again.
+            *x = (*x).min(last - ROWS);
+            for c in (0..STEM).step_by(VECTORS * V::LANES) {
+                stem_tile::<V, ROWS, VECTORS>(op.weights.as_ptr().add(c), rows, 2 * *x - left, out.add(*x * STEM + c));
             }
             *x += ROWS;
+        }
+    }
+}
+
+/// `ROWS` pixels by `VECTORS` vectors of channels, from `column` on.
+///
+/// # Safety
+///
+/// All of their columns are inside; weights and output are there.
+#[inline(always)]
+unsafe fn stem_tile<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    weights: *const f32,
+    rows: &[*const f32; 9],
+    column: usize,
+    out: *mut f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
+        for v in 0..VECTORS {
+            let bias = V::load(weights.add(27 * STEM + v * V::LANES));
+            for row in &mut sums {
+                row[v] = bias;
+            }
+        }
+        for (r, row) in rows.iter().enumerate() {
+            for t in 0..3 {
+                let from = row.add(column + t);
+                let mut w = [V::splat(0.0); VECTORS];
+                for (v, w) in w.iter_mut().enumerate() {
+                    *w = V::load(weights.add((3 * r + t) * STEM + v * V::LANES));
+                }
+                for (k, sums) in sums.iter_mut().enumerate() {
+                    let value = V::splat(*from.add(2 * k));
+                    for (sum, w) in sums.iter_mut().zip(w) {
+                        *sum = value.fma(w, *sum);
+                    }
+                }
+            }
+        }
+        for (k, sums) in sums.into_iter().enumerate() {
+            for (v, sum) in sums.into_iter().enumerate() {
+                activate(sum, Activation::Relu6).store(out.add(k * STEM + v * V::LANES));
+            }
         }
     }
 }
