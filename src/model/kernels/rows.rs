@@ -14,18 +14,18 @@ pub(super) struct Depthwise {
     weights: Aligned<f32>,
 }
 
-/// Vectors of a unit of a depthwise convolution's weights.
-const VECTORS: usize = 11;
+/// What a depthwise convolution has of each channel: taps, bias, most.
+const PARTS: usize = 11;
 
 impl Depthwise {
     /// From `weights`, C x 9, and `bias`, C. `scales`, above 0, are what each channel's output is multiplied by; empty: by nothing.
     pub fn new(weights: &[f32], bias: &[f32], scales: &[f32]) -> Self {
         let channels = padded(bias.len());
-        let mut all = Aligned::new(VECTORS * channels);
+        let mut all = Aligned::new(PARTS * channels);
         for (c, (taps, bias)) in weights.chunks_exact(9).zip(bias).enumerate() {
             let scale = scales.get(c).copied().unwrap_or(1.0);
             for (t, w) in taps.iter().chain([bias, &6.0]).enumerate() {
-                all.values_mut()[(c / UNIT * VECTORS + t) * UNIT + c % UNIT] = w * scale;
+                all.values_mut()[(c / UNIT * PARTS + t) * UNIT + c % UNIT] = w * scale;
             }
         }
         Self { channels, weights: all }
@@ -150,7 +150,7 @@ impl<V: Vector> Taps<V> {
     unsafe fn load(weights: *const f32, c: usize) -> Self {
         // SAFETY: the caller's promise: a unit's vectors lie one after the other.
         unsafe {
-            let from = weights.add(c / UNIT * VECTORS * UNIT + c % UNIT);
+            let from = weights.add(c / UNIT * PARTS * UNIT + c % UNIT);
             let mut taps = [V::splat(0.0); 9];
             for (t, w) in taps.iter_mut().enumerate() {
                 *w = V::load(from.add(t * UNIT));
@@ -334,15 +334,13 @@ unsafe fn stem_tiles<V: Vector, const ROWS: usize, const VECTORS: usize>(
         while *x < last && last - first >= ROWS {
             // The last tile computes some of the pixels again.
             *x = (*x).min(last - ROWS);
-            for c in (0..STEM).step_by(VECTORS * V::LANES) {
-                stem_tile::<V, ROWS, VECTORS>(op.weights.as_ptr().add(c), rows, 2 * *x - left, out.add(*x * STEM + c));
-            }
+            stem_tile::<V, ROWS, VECTORS>(op.weights.as_ptr(), rows, 2 * *x - left, out.add(*x * STEM));
             *x += ROWS;
         }
     }
 }
 
-/// `ROWS` pixels by `VECTORS` vectors of channels, from `column` on.
+/// `ROWS` pixels of all channels, which `VECTORS` vectors hold, seen from `column` on.
 ///
 /// # Safety
 ///
