@@ -20,7 +20,8 @@ pub(super) fn add_powers<const FUSED: bool>(pixels: &[f32], sums: &mut [f32], po
                     3 => pairs.for_each(|(s, v)| *s += power::<FUSED, 3>(floored(*v), rest)),
                     4 => pairs.for_each(|(s, v)| *s += power::<FUSED, 4>(floored(*v), rest)),
                     5 => pairs.for_each(|(s, v)| *s += power::<FUSED, 5>(floored(*v), rest)),
-                    _ => pairs.for_each(|(s, v)| *s += floored(*v).powf(p as f32)),
+                    // In f64: what f32 rounds off so large an exponent, times the logarithm, is more than the rest is wrong by.
+                    _ => pairs.for_each(|(s, v)| *s += f64::from(floored(*v)).powf(p) as f32),
                 }
             }
         }
@@ -112,6 +113,16 @@ mod tests {
             let want = f64::from(x).powf(3.0 + f64::from(0.011_363_745f32));
             let got = f64::from(power::<false, 3>(x, 0.011_363_745));
             assert!(!(want < 1e30 && want > 1e-30) || (got - want).abs() <= 4e-7 * want, "{x}: {got} {want}");
+        }
+    }
+
+    #[test]
+    fn a_large_exponent_is_not_rounded_to_f32() {
+        for isa in Isa::available() {
+            for (p, x) in [(8.267_342_074_377_346, 7_000f32), (11.3, 300.0), (15.700_000_3, 40.0), (6.1, 1e-5)] {
+                let (got, want) = (f64::from(sums(isa, &[x], 1, Pooling::Gem { p })[0]), f64::from(x).powf(p));
+                assert!((got - want).abs() <= 1.2e-7 * want, "{isa:?} {x} to the power of {p}: {got} {want}");
+            }
         }
     }
 
