@@ -62,7 +62,7 @@ impl Layer {
                 let mut whole = FeatureMap::default();
                 conv.run(x, self.activation, &mut whole)?;
                 out.fit(whole.height / 2, whole.width / 2, whole.channels);
-                largest_of_four(&whole.values, [1, whole.channels, whole.height, whole.width], &mut out.values);
+                largest_of_four(whole.values(), [1, whole.channels, whole.height, whole.width], out.values_mut());
                 Ok(())
             }
         }

@@ -221,7 +221,7 @@ impl SuperPoint {
 impl SuperPoint {
     fn dense_in(&self, layers: &[Layer], x: &Tensor, space: &mut Space) -> Result<Dense> {
         let (_, channels, height, width) = x.dims4()?;
-        let image = FeatureMap { values: x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?, height, width, channels };
+        let image = FeatureMap::new(x.permute((0, 2, 3, 1))?.flatten_all()?.to_vec1()?, height, width, channels)?;
         let [a, b] = &mut space.maps;
         let from = match &self.stem {
             Some(stem) => stem.run(&image, a).map(|()| 2)?,
@@ -232,7 +232,8 @@ impl SuperPoint {
             std::mem::swap(a, b);
         }
         let tensor = |map: FeatureMap| -> Result<Tensor> {
-            Ok(Tensor::from_vec(map.values, (map.height, map.width, map.channels), x.device())?.permute((2, 0, 1))?)
+            let shape = (map.height, map.width, map.channels);
+            Ok(Tensor::from_vec(map.into_values(), shape, x.device())?.permute((2, 0, 1))?)
         };
         let mut head = |[first, last]: &[Layer; 2]| -> Result<FeatureMap> {
             let mut out = FeatureMap::default();
@@ -244,7 +245,8 @@ impl SuperPoint {
         let descriptors = match &self.descriptor {
             Some(layers) => {
                 let mut map = head(layers)?;
-                unit_cells(&mut map.values, map.channels);
+                let channels = map.channels;
+                unit_cells(map.values_mut(), channels);
                 tensor(map)?
             }
             None => Tensor::zeros((1, logits.height, logits.width), x.dtype(), x.device())?,

@@ -60,7 +60,7 @@ impl Conv {
         op.check(x.channels)?;
         let (height, width) = op.size(x.height, x.width);
         out.fit(height, width, self.weights.outputs);
-        op.image(&x.values, (x.height, x.width), &mut out.values);
+        op.image(x.values(), (x.height, x.width), out.values_mut());
         Ok(())
     }
 }

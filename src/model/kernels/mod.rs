@@ -108,8 +108,8 @@ pub(crate) fn contiguous<'a>(
 /// the system hands out page by page.
 #[derive(Debug, Default)]
 pub struct FeatureMap {
-    /// H x W x C.
-    pub values: Vec<f32>,
+    /// H x W x C, and what larger maps have left behind.
+    memory: Vec<f32>,
     /// Rows.
     pub height: usize,
     /// Columns.
@@ -119,14 +119,40 @@ pub struct FeatureMap {
 }
 
 impl FeatureMap {
+    /// Of `values`, H x W x C.
+    ///
+    /// Errors: there are more or fewer.
+    pub fn new(values: Vec<f32>, height: usize, width: usize, channels: usize) -> crate::error::Result<Self> {
+        if values.len() != height * width * channels {
+            let reason = format!("{} values for {height} x {width} of {channels} channels", values.len());
+            return Err(crate::error::Error::Image { reason });
+        }
+        Ok(Self { memory: values, height, width, channels })
+    }
+
     /// Of this size; what the values are is left open.
     pub(super) fn fit(&mut self, height: usize, width: usize, channels: usize) {
         let n = height * width * channels;
-        if self.values.capacity() < n {
-            self.values = crate::simd::zeroed(n);
+        if self.memory.len() < n {
+            self.memory = crate::simd::zeroed(n);
         }
-        self.values.resize(n, 0.0);
         (self.height, self.width, self.channels) = (height, width, channels);
+    }
+
+    /// H x W x C.
+    pub fn values(&self) -> &[f32] {
+        &self.memory[..self.height * self.width * self.channels]
+    }
+
+    /// As [`Self::values`].
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[..self.height * self.width * self.channels]
+    }
+
+    /// As [`Self::values`].
+    pub fn into_values(mut self) -> Vec<f32> {
+        self.memory.truncate(self.height * self.width * self.channels);
+        self.memory
     }
 }
 

@@ -58,15 +58,24 @@ pub(super) struct Packed {
 impl Packed {
     /// From `weights`, O x I, and `bias`, O.
     pub fn new(weights: &[f32], bias: &[f32], inputs: usize, isa: Isa) -> Self {
+        Self::several(&[weights], bias, inputs, isa)
+    }
+
+    /// Several matrices' panels, one matrix after the other: while one's last is at work, the first of the next is asked for.
+    pub fn several(matrices: &[&[f32]], bias: &[f32], inputs: usize, isa: Isa) -> Self {
         let units = bias.len().div_ceil(UNIT);
-        let (panels, at) = Panel::of(units, inputs, isa);
-        let mut packed = Aligned::new(at);
-        for p in &panels {
-            for i in 0..inputs {
-                for (j, to) in packed.values_mut()[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
-                    let o = p.unit * UNIT + j;
-                    *to = if o < bias.len() { weights[o * inputs + i] } else { 0.0 };
+        let (of_one, size) = Panel::of(units, inputs, isa);
+        let mut packed = Aligned::new(matrices.len() * size);
+        let mut panels = Vec::new();
+        for (m, weights) in matrices.iter().enumerate() {
+            for p in of_one.iter().map(|p| Panel { weights: m * size + p.weights, ..*p }) {
+                for i in 0..inputs {
+                    for (j, to) in packed.values_mut()[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
+                        let o = p.unit * UNIT + j;
+                        *to = if o < bias.len() { weights[o * inputs + i] } else { 0.0 };
+                    }
                 }
+                panels.push(p);
             }
         }
         let mut wide = bias.to_vec();

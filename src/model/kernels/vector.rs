@@ -20,6 +20,8 @@ pub(super) trait Vector: Copy {
     unsafe fn add(self, other: Self) -> Self;
     /// Asks for what will be loaded; where that is not said, nothing happens. `from` may be any address.
     unsafe fn prefetch(from: *const f32);
+    /// As [`Self::prefetch`], no nearer than the second-level cache.
+    unsafe fn prefetch_far(from: *const f32);
     /// `self * a + b`.
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// The larger of the two; NaN where either is.
@@ -88,6 +90,11 @@ mod x86 {
                 unsafe fn prefetch(from: *const f32) {
                     // SAFETY: the trait's contract.
                     unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+                }
+                #[inline(always)]
+                unsafe fn prefetch_far(from: *const f32) {
+                    // SAFETY: the trait's contract.
+                    unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
                 }
                 #[inline(always)]
                 unsafe fn fma(self, a: Self, b: Self) -> Self {
@@ -267,6 +274,8 @@ impl Vector for [f32; 4] {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const f32) {}
+    #[inline(always)]
+    unsafe fn prefetch_far(_: *const f32) {}
     #[inline(always)]
     unsafe fn fma(self, a: Self, b: Self) -> Self {
         std::array::from_fn(|l| crate::simd::fma::<{ cfg!(target_arch = "aarch64") }>(self[l], a[l], b[l]))

@@ -40,8 +40,8 @@ pub struct Conv3x3 {
 
 #[derive(Debug)]
 struct Transformed {
-    /// Of each group of output channels, 36 planes.
-    groups: Vec<Vec<Packed>>,
+    /// Of each group of output channels, the matrices of 36 planes.
+    groups: Vec<Packed>,
     /// Padded to whole units.
     bias: Vec<f32>,
     inputs: usize,
@@ -74,10 +74,10 @@ impl Conv3x3 {
                 plane[at] = value;
             }
         }
-        let group = |first: usize| -> Vec<Packed> {
+        let group = |first: usize| -> Packed {
             let of = first..(first + GROUP * UNIT).min(outputs);
-            let none = vec![0f32; of.len()];
-            planes.iter().map(|p| Packed::new(&p[of.start * inputs..of.end * inputs], &none, inputs, isa)).collect()
+            let matrices: Vec<_> = planes.iter().map(|p| &p[of.start * inputs..of.end * inputs]).collect();
+            Packed::several(&matrices, &vec![0f32; of.len()], inputs, isa)
         };
         let groups = (0..outputs).step_by(GROUP * UNIT).map(group).collect();
         bias.resize(outputs.next_multiple_of(UNIT), 0.0);
@@ -114,7 +114,7 @@ impl Conv3x3 {
         op.check(x.channels)?;
         let scale = if pool { 2 } else { 1 };
         out.fit(x.height / scale, x.width / scale, self.packed.outputs);
-        op.image(&x.values, (x.height, x.width), &mut out.values);
+        op.image(x.values(), (x.height, x.width), out.values_mut());
         Ok(())
     }
 
@@ -233,6 +233,8 @@ struct Scratch {
     /// Plane, tile, output channel of the group.
     product: Aligned<f32>,
     zeros: Vec<f32>,
+    /// The neighbourhood of a tile at the image's edge.
+    edge: Vec<f32>,
     /// What the convolution before gives for a run, and what that sees.
     window: Aligned<f32>,
     seen: Vec<f32>,
@@ -250,7 +252,8 @@ impl Scratch {
         }
         self.input.fit(PLANES * pitch(inputs));
         self.product.fit(PLANES * pitch(GROUP * UNIT));
-        self.zeros.resize(inputs, 0.0);
+        self.zeros.resize(6 * inputs, 0.0);
+        self.edge.resize(36 * inputs, 0.0);
     }
 }
 
@@ -277,7 +280,7 @@ unsafe fn tile_row_avx2(op: &Op, image: Image, row: usize, scratch: &mut Scratch
 unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     let inputs = op.packed.inputs;
     let tiles = image.width.div_ceil(4);
-    let Scratch { input, product, zeros, window, seen } = scratch;
+    let Scratch { input, product, zeros, edge, window, seen } = scratch;
     let (input, product, window) = (input.values_mut(), product.values_mut(), window.values_mut());
     let mut first = 0;
     while first < tiles {
@@ -289,19 +292,45 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
                 None => image,
             };
             for t in 0..n {
-                transform_input::<V>(source, 4 * row, 4 * (first + t), inputs, zeros, t, input);
+                let rows = neighbourhood(source, 4 * row, 4 * (first + t), zeros, edge);
+                match inputs {
+                    64 => transform_input::<V, 64>(rows, inputs, t, input),
+                    128 => transform_input::<V, 128>(rows, inputs, t, input),
+                    _ => transform_input::<V, 0>(rows, inputs, t, input),
+                }
             }
+            let side = if op.pool { 2 } else { 4 };
+            let width = image.width / (4 / side);
+            let (next, after) = if first + n < tiles { (first + n, row) } else { (0, row + rayon::current_num_threads()) };
             for (g, planes) in op.packed.groups.iter().enumerate() {
-                let channels = planes[0].outputs;
-                for (p, packed) in planes.iter().enumerate() {
-                    let x = Pixels::new(&input[p * pitch(inputs)..][..RUN * inputs], inputs);
-                    let to = &mut product[p * pitch(channels)..][..n * channels];
-                    for at in 0..packed.panels() {
-                        panel::<V>(packed, at, n, x, None, Activation::None, to);
+                let (channels, last) = (planes.outputs, g + 1 == op.packed.groups.len());
+                let panels = planes.panels() / PLANES;
+                for at in 0..planes.panels() {
+                    let p = at / panels;
+                    if V::LANES < UNIT {
+                        // While there is much to do with little of it, memory is asked for what comes next: the pixels of the next run,
+                        let (y, x) = ((4 * after + p / 6).wrapping_sub(1), 4 * next);
+                        if last && op.before.is_none() && x < image.width && y < image.height {
+                            let part = (at % (6 * panels), 6 * panels);
+                            ask::<V>(image.at(y, x).as_ptr(), (inputs, inputs), (4 * RUN).min(image.width - x), part);
+                        }
+                        // and those that this one's output is written to.
+                        let parts = planes.panels() / side;
+                        let to = (at / parts * width + side * first) * op.packed.outputs + g * GROUP * UNIT;
+                        let across = (side * n).min(width.saturating_sub(side * first));
+                        ask::<V>(out.as_ptr().wrapping_add(to), (op.packed.outputs, channels), across, (at % parts, parts));
                     }
+                    let x = Pixels::new(&input[p * pitch(inputs)..][..RUN * inputs], inputs);
+                    panel::<V>(planes, at, n, x, None, Activation::None, &mut product[p * pitch(channels)..][..n * channels]);
                 }
                 for t in 0..n {
-                    transform_output::<V>(op, image, g * GROUP * UNIT, channels, (row, first + t, t), product, out);
+                    let place = Place { tile: first + t, t, width, first: g * GROUP * UNIT, channels };
+                    match (channels == GROUP * UNIT, op.pool) {
+                        (true, true) => transform_output::<V, { GROUP * UNIT }, true>(op, place, product, out),
+                        (true, false) => transform_output::<V, { GROUP * UNIT }, false>(op, place, product, out),
+                        (false, true) => transform_output::<V, 0, true>(op, place, product, out),
+                        (false, false) => transform_output::<V, 0, false>(op, place, product, out),
+                    }
                 }
             }
         }
@@ -404,46 +433,71 @@ unsafe fn backwards<V: Vector>(m: [V; 6]) -> [V; 4] {
     }
 }
 
-/// `B^T d B` of the tile whose output begins at `y`, `x`, as tile `t` of the run.
+/// Asks for part `part` of `parts` of so many pixels' `channels` values, `stride` values from one to the next.
+///
+/// # Safety
+///
+/// The processor has the instruction set of `V`; nothing is read.
+#[inline(always)]
+unsafe fn ask<V: Vector>(first: *const f32, (stride, channels): (usize, usize), pixels: usize, (part, parts): (usize, usize)) {
+    for pixel in pixels * part / parts..pixels * (part + 1) / parts {
+        for line in (0..channels).step_by(UNIT) {
+            // SAFETY: the caller's promise.
+            unsafe { V::prefetch_far(first.wrapping_add(pixel * stride + line)) };
+        }
+    }
+}
+
+/// The 6x6 pixels around the tile whose output begins at `y`, `x`: six rows of six pixels, zeros outside the image.
+#[inline(always)]
+fn neighbourhood<'a>(image: Image<'a>, y: usize, x: usize, zeros: &'a [f32], edge: &'a mut [f32]) -> [&'a [f32]; 6] {
+    let row = 6 * image.channels;
+    let zeros = &zeros[..row];
+    let line = |k: usize| Some((y + k).wrapping_sub(1)).filter(|sy| *sy < image.height);
+    if x > 0 && x + 5 <= image.width {
+        return std::array::from_fn(|k| line(k).map_or(zeros, |sy| &image.at(sy, x - 1)[..row]));
+    }
+    let (from, to) = (x.saturating_sub(1), (x + 5).min(image.width));
+    for (k, edge) in edge.chunks_exact_mut(row).take(6).enumerate() {
+        edge.fill(0.0);
+        if let Some(sy) = line(k) {
+            let inside = (to - from) * image.channels;
+            edge[(from + 1 - x) * image.channels..][..inside].copy_from_slice(&image.at(sy, from)[..inside]);
+        }
+    }
+    std::array::from_fn(|k| &edge[k * row..][..row])
+}
+
+/// `B^T d B` of a tile's neighbourhood, as tile `t` of the run. `CHANNELS` are `inputs`, or 0: where they are known, no address is
+/// looked up.
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: usize, zeros: &[f32], t: usize, out: &mut [f32]) {
-    assert!(image.channels == inputs && zeros.len() >= inputs, "conv3x3: input");
+unsafe fn transform_input<V: Vector, const CHANNELS: usize>(rows: [&[f32]; 6], inputs: usize, t: usize, out: &mut [f32]) {
+    let inputs = if CHANNELS > 0 { CHANNELS } else { inputs };
+    assert!(rows.iter().all(|r| r.len() >= 6 * inputs), "conv3x3: input");
     assert!(inputs.is_multiple_of(V::LANES) && t < RUN && out.len() >= PLANES * pitch(inputs), "conv3x3: scratch");
-    let mut pixels = [zeros.as_ptr(); PLANES];
-    for (k, p) in pixels.iter_mut().enumerate() {
-        let (sy, sx) = ((y + k / 6).wrapping_sub(1), (x + k % 6).wrapping_sub(1));
-        if sy < image.height && sx < image.width {
-            *p = image.at(sy, sx)[..inputs].as_ptr();
-        }
-    }
+    let rows = rows.map(<[f32]>::as_ptr);
     for c in (0..inputs).step_by(V::LANES) {
         // The pixels of the tile after the next; one that is not there costs nothing.
         if c.is_multiple_of(UNIT) {
-            for row in pixels.chunks_exact(6) {
-                for pixel in &row[2..] {
+            for row in rows {
+                for pixel in 2..6 {
                     // SAFETY: nothing is read.
-                    unsafe { V::prefetch(pixel.wrapping_add(AHEAD * inputs + c)) };
+                    unsafe { V::prefetch(row.wrapping_add((pixel + AHEAD) * inputs + c)) };
                 }
             }
         }
-        // SAFETY: each pixel has `inputs` values behind its pointer, a multiple of the lanes; the planes of tile `t` are
+        // SAFETY: six pixels of `inputs` values, a multiple of the lanes, are in each row; the planes of tile `t` are
         // within `out` by the assertion.
         unsafe {
             let mut columns = [[V::splat(0.0); 6]; 6];
             // Numbers that the compiler knows: a loop that it does not unroll keeps the columns in memory.
             unrolled!(J in 0 1 2 3 4 5 {
-                columns[J] = forwards([
-                    V::load(pixels[J].add(c)),
-                    V::load(pixels[6 + J].add(c)),
-                    V::load(pixels[12 + J].add(c)),
-                    V::load(pixels[18 + J].add(c)),
-                    V::load(pixels[24 + J].add(c)),
-                    V::load(pixels[30 + J].add(c)),
-                ]);
+                let at = J * inputs + c;
+                columns[J] = forwards(rows.map(|row| V::load(row.add(at))));
             });
             let to = out.as_mut_ptr().add(t * inputs + c);
             let plane = pitch(inputs);
@@ -461,32 +515,47 @@ unsafe fn transform_input<V: Vector>(image: Image, y: usize, x: usize, inputs: u
     }
 }
 
-/// `A^T m A + bias` of one tile for the channels of a group, activated, pooled, and stored as far as it is inside.
+/// Where a tile's output goes.
+#[derive(Clone, Copy)]
+struct Place {
+    /// Of the image's tiles.
+    tile: usize,
+    /// Of the run's.
+    t: usize,
+    /// Columns of the output.
+    width: usize,
+    /// The group's first channel.
+    first: usize,
+    /// The group's channels in `product`.
+    channels: usize,
+}
+
+/// `A^T m A + bias` of one tile for the channels of a group, activated, pooled, and stored as far as it is inside. `CHANNELS` are
+/// the group's, or 0, as in [`transform_input`].
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn transform_output<V: Vector>(
+unsafe fn transform_output<V: Vector, const CHANNELS: usize, const POOL: bool>(
     op: &Op,
-    image: Image,
-    first: usize,
-    channels: usize,
-    (row, tile, t): (usize, usize, usize),
+    Place { tile, t, width, first, channels }: Place,
     product: &[f32],
     out: &mut [f32],
 ) {
+    let channels = if CHANNELS > 0 { CHANNELS } else { channels };
     let outputs = op.packed.outputs;
-    let scale = if op.pool { 2 } else { 1 };
-    let width = image.width / scale;
+    let side = if POOL { 2 } else { 4 };
     // What of the tile is inside, in pixels of the output.
-    let rows = (out.len() / (width * outputs).max(1)).min(4 / scale);
-    let x = 4 / scale * tile;
-    let across = width.saturating_sub(x).min(4 / scale);
-    assert!(
-        row * 4 < image.height && t < RUN && product.len() >= PLANES * pitch(channels) && op.packed.bias.len() >= first + channels,
-        "conv3x3: product"
-    );
+    let rows = (out.len() / (width * outputs).max(1)).min(side);
+    let x = side * tile;
+    let across = width.saturating_sub(x).min(side);
+    assert!(t < RUN && product.len() >= PLANES * pitch(channels) && op.packed.bias.len() >= first + channels, "conv3x3: product");
+    if rows == 0 || across == 0 {
+        return;
+    }
+    // Up to the last pixel's last channel.
+    let out = &mut out[(x * outputs)..][..((rows - 1) * width + across) * outputs];
     for c in (0..channels).step_by(V::LANES) {
         let left = outputs.saturating_sub(first + c).min(V::LANES);
         if left == 0 {
@@ -520,17 +589,28 @@ unsafe fn transform_output<V: Vector>(
                     activate(e.add(bias), op.activation),
                 ];
             });
-            if op.pool {
-                for i in 0..2 {
-                    for j in 0..2 {
-                        let top = tile[2 * i][2 * j].largest(tile[2 * i][2 * j + 1]);
-                        tile[i][j] = top.largest(tile[2 * i + 1][2 * j].largest(tile[2 * i + 1][2 * j + 1]));
-                    }
-                }
+            if POOL {
+                unrolled!(I in 0 1 {
+                    unrolled!(J in 0 1 {
+                        let top = tile[2 * I][2 * J].largest(tile[2 * I][2 * J + 1]);
+                        tile[I][J] = top.largest(tile[2 * I + 1][2 * J].largest(tile[2 * I + 1][2 * J + 1]));
+                    });
+                });
+            }
+            let to = out.as_mut_ptr().add(first + c);
+            if left == V::LANES && rows == side && across == side {
+                unrolled!(I in 0 1 2 3 {
+                    unrolled!(J in 0 1 2 3 {
+                        if I < side && J < side {
+                            tile[I][J].store(to.add((I * width + J) * outputs));
+                        }
+                    });
+                });
+                continue;
             }
             for (i, line) in tile.into_iter().enumerate().take(rows) {
                 for (j, v) in line.into_iter().enumerate().take(across) {
-                    let to = &mut out[(i * width + x + j) * outputs + first + c..][..left];
+                    let to = &mut out[(i * width + j) * outputs + first + c..][..left];
                     if left == V::LANES {
                         v.store(to.as_mut_ptr());
                     } else {
@@ -555,8 +635,15 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(40))]
         /// Equal to Candle's own convolution, on every instruction set, at every size.
         #[test]
-        fn equals_the_definition(seed in 0u64..1000, n in 1usize..3, blocks in 1usize..4, o in 1usize..20, h in 1usize..40, w in 1usize..150, pool: bool) {
-            let i = 16 * blocks;
+        fn equals_the_definition(
+            seed in 0u64..1000,
+            n in 1usize..3,
+            i in prop::sample::select(vec![16usize, 32, 48, 64, 128]),
+            o in prop_oneof![1usize..20, 60usize..140],
+            h in 1usize..40,
+            w in 1usize..150,
+            pool: bool,
+        ) {
             let (x, k, b) = (noise(seed, &[n, i, h, w]), noise(seed + 1, &[o, i, 3, 3]), noise(seed + 2, &[o]));
             let mut want = x.conv2d(&k, 1, 1, 1, 1).unwrap().broadcast_add(&b.reshape((1, o, 1, 1)).unwrap()).unwrap().relu().unwrap();
             if pool && h > 1 && w > 1 {
