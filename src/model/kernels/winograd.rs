@@ -600,11 +600,13 @@ unsafe fn transform_output<V: Vector, const CHANNELS: usize, const POOL: bool>(
             let to = out.as_mut_ptr().add(first + c);
             if left == V::LANES && rows == side && across == side {
                 unrolled!(I in 0 1 2 3 {
-                    unrolled!(J in 0 1 2 3 {
-                        if I < side && J < side {
-                            tile[I][J].store(to.add((I * width + J) * outputs));
-                        }
-                    });
+                    if I < side {
+                        unrolled!(J in 0 1 2 3 {
+                            if J < side {
+                                tile[I][J].store(to.add((I * width + J) * outputs));
+                            }
+                        });
+                    }
                 });
                 continue;
             }
