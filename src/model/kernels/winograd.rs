@@ -301,6 +301,7 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
             }
             let side = if op.pool { 2 } else { 4 };
             let width = image.width / (4 / side);
+            // Of the next run that this thread may well have: of this row, or the first of one that no other thread has yet.
             let (next, after) = if first + n < tiles { (first + n, row) } else { (0, row + rayon::current_num_threads()) };
             for (g, planes) in op.packed.groups.iter().enumerate() {
                 let (channels, last) = (planes.outputs, g + 1 == op.packed.groups.len());
@@ -555,7 +556,7 @@ unsafe fn transform_output<V: Vector, const CHANNELS: usize, const POOL: bool>(
         return;
     }
     // Up to the last pixel's last channel.
-    let out = &mut out[(x * outputs)..][..((rows - 1) * width + across) * outputs];
+    let out = &mut out[x * outputs..][..((rows - 1) * width + across) * outputs];
     for c in (0..channels).step_by(V::LANES) {
         let left = outputs.saturating_sub(first + c).min(V::LANES);
         if left == 0 {
