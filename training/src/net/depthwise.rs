@@ -1,6 +1,7 @@
-//! 3x3 depthwise convolution, forward and backward, channels first. A channel is one task; a plane is copied once into a
-//! zero-padded buffer, normalised and activated on the way and split into even and odd columns at stride 2, so that all
-//! inner loops run over contiguous memory without a border case.
+//! 3x3 depthwise convolution, forward and backward, channels first. A channel is one task. Its planes are copied into a zero-padded
+//! buffer, normalised and activated on the way: as many of them one below the other as stay in the cache, at stride 2 split into even
+//! and odd rows and columns. There each of the nine weights meets one run of memory, from the first output to the last, without rows or
+//! borders; what that computes between rows and planes is dropped, or is zero.
 
 use super::norm::{mask_and_sum, Before, GradSums, Moments, Source};
 use super::pointwise::Into;
@@ -20,6 +21,9 @@ pub struct Shape {
     pub pad: Pad,
 }
 
+/// Values of a padded buffer, where planes are small: the backward pass's five buffers stay in the second-level cache.
+const TOGETHER: usize = 8192;
+
 impl Shape {
     fn plane(&self) -> usize {
         self.height * self.width
@@ -29,166 +33,202 @@ impl Shape {
         self.out_height * self.out_width
     }
 
-    /// Padded rows that the kernel reaches.
-    fn rows(&self) -> usize {
-        (self.out_height - 1) * self.stride + 3
-    }
-
-    /// Length of one half row (stride 2) or whole row (stride 1).
-    fn half(&self) -> usize {
-        self.out_width + 2
-    }
-
+    /// Columns of a padded plane that lie one stride apart.
     fn row(&self) -> usize {
-        self.half() * self.stride
+        self.out_width + 2 / self.stride
     }
 
-    /// Values of a padded plane.
-    fn padded(&self) -> usize {
+    /// Rows of a padded plane that lie one stride apart.
+    fn rows(&self) -> usize {
+        self.out_height + 2 / self.stride
+    }
+
+    /// Values of a plane's phase: its rows and columns that lie one stride apart.
+    fn part(&self) -> usize {
         self.rows() * self.row()
     }
 
-    /// Padded row `y`'s own row, if it has one.
-    fn inner(&self, y: usize) -> Option<usize> {
-        y.checked_sub(self.pad.top).filter(|y| *y < self.height)
+    /// Number of phases.
+    fn phases(&self) -> usize {
+        self.stride * self.stride
     }
 
-    /// Spreads a tight plane into a padded buffer whose border is zero already.
-    fn spread<T: Real>(&self, plane: &[T], padded: &mut [T]) {
-        let (row, half, left, w) = (self.row(), self.half(), self.pad.left, self.width);
-        for y in 0..self.rows() {
-            let Some(inner) = self.inner(y) else { continue };
-            let (source, out) = (&plane[inner * w..][..w], &mut padded[y * row..][..row]);
+    /// Images that are worked on together.
+    fn group(&self) -> usize {
+        (TOGETHER / (self.phases() * self.part())).clamp(1, self.images.max(1))
+    }
+
+    /// Values of one phase of a group.
+    fn phase(&self) -> usize {
+        self.group() * self.part()
+    }
+
+    /// The phase that weight `k` reads, and how far behind the output's place.
+    fn tap(&self, k: usize) -> (usize, usize) {
+        let (y, x, s) = (k / 3, k % 3, self.stride);
+        (y % s * s + x % s, y / s * self.row() + x / s)
+    }
+
+    /// What each weight reads of a padded group for the first `n` places of a run.
+    fn taps<'a, T>(&self, padded: &'a [T], n: usize) -> [&'a [T]; 9] {
+        std::array::from_fn(|k| {
+            let (phase, behind) = self.tap(k);
+            &padded[phase * self.phase() + behind..][..n]
+        })
+    }
+
+    /// How far the last weight reaches behind the first.
+    fn reach(&self) -> usize {
+        2 / self.stride * (self.row() + 1)
+    }
+
+    /// Places from the first output of `images` to the last.
+    fn run(&self, images: usize) -> usize {
+        images * self.part() - self.reach()
+    }
+
+    /// Calls `f` for every row of every image with where it lies among tight planes, and where its outputs do in a run.
+    fn outputs(&self, images: usize, mut f: impl FnMut(usize, usize)) {
+        for image in 0..images {
+            for y in 0..self.out_height {
+                f((image * self.out_height + y) * self.out_width, (image * self.rows() + y) * self.row());
+            }
+        }
+    }
+
+    /// Calls `f` for every row of every image that an output reads, once for each parity of columns at stride 2, with where it lies
+    /// among tight planes, where its columns do in a padded group, and which of them is the first there.
+    fn inputs(&self, images: usize, mut f: impl FnMut(usize, usize, usize)) {
+        let (s, left) = (self.stride, self.pad.left);
+        for image in 0..images {
+            for y in 0..self.height {
+                let (within, down) = ((y + self.pad.top) % s, (y + self.pad.top) / s);
+                if down >= self.rows() {
+                    break;
+                }
+                for parity in 0..s {
+                    let skipped = left.saturating_sub(parity).div_ceil(s);
+                    let at = (within * s + parity) * self.phase() + (image * self.rows() + down) * self.row() + skipped;
+                    f((image * self.height + y) * self.width, at, skipped * s + parity - left);
+                }
+            }
+        }
+    }
+
+    /// Columns of a padded row that the input's from `first` on fill.
+    fn columns(&self, first: usize) -> usize {
+        let skipped = (first + self.pad.left) / self.stride;
+        self.width.saturating_sub(first).div_ceil(self.stride).min(self.row() - skipped)
+    }
+
+    /// Spreads tight planes into a padded group whose borders are zero already.
+    fn spread<T: Real>(&self, planes: &[T], padded: &mut [T], images: usize) {
+        self.inputs(images, |row, at, first| {
+            let out = &mut padded[at..][..self.columns(first)];
             if self.stride == 1 {
-                out[left..left + w].copy_from_slice(source);
+                out.copy_from_slice(&planes[row + first..][..out.len()]);
             } else {
-                // Padded column c = 2 i + parity lies at half parity, position i.
-                let (even, odd) = out.split_at_mut(half);
-                for (i, s) in source.iter().enumerate() {
-                    let c = i + left;
-                    let at = c / 2;
-                    if at < half {
-                        if c % 2 == 0 {
-                            even[at] = *s;
-                        } else {
-                            odd[at] = *s;
-                        }
-                    }
-                }
+                every_other(&planes[row..][..self.width], first, out);
             }
-        }
+        });
     }
 
-    /// The reverse of [`Shape::spread`]: the padding is dropped.
-    fn gather<T: Real>(&self, padded: &[T], plane: &mut [T]) {
-        let (row, half, left, w) = (self.row(), self.half(), self.pad.left, self.width);
-        plane.fill(T::ZERO);
-        for y in 0..self.rows() {
-            let Some(inner) = self.inner(y) else { continue };
-            let (source, out) = (&padded[y * row..][..row], &mut plane[inner * w..][..w]);
+    /// The reverse of [`Shape::spread`]: the padding is dropped, and what no output read is zero.
+    fn gather<T: Real>(&self, padded: &[T], planes: &mut [T], images: usize) {
+        let last = |size: usize, before: usize| (size - 1 + before) / self.stride;
+        if last(self.height, self.pad.top) >= self.rows() || last(self.width, self.pad.left) >= self.row() {
+            planes.fill(T::ZERO);
+        }
+        self.inputs(images, |row, at, first| {
+            let source = &padded[at..][..self.columns(first)];
             if self.stride == 1 {
-                out.copy_from_slice(&source[left..left + w]);
+                planes[row + first..][..source.len()].copy_from_slice(source);
             } else {
-                for (i, o) in out.iter_mut().enumerate() {
-                    let c = i + left;
-                    if c / 2 < half {
-                        *o = source[c % 2 * half + c / 2];
-                    }
+                for (o, v) in planes[row..][..self.width][first.min(self.width)..].iter_mut().step_by(2).zip(source) {
+                    *o = *v;
                 }
             }
-        }
-    }
-
-    /// Where kernel column `kx` begins in a padded row.
-    fn column(&self, kx: usize) -> usize {
-        if self.stride == 1 {
-            kx
-        } else {
-            kx % 2 * self.half() + kx / 2
-        }
+        });
     }
 }
 
-kernel! {
-    /// `out[x] = sum of rows[k][x] * kernel[k]`.
-    fn correlate<T>(rows: [&[T]; 9], kernel: &[T; 9], out: &mut [T]) {
-        let n = out.len();
-        let [a, b, c, d, e, f, g, h, i] = rows.map(|r| &r[..n]);
-        for x in 0..n {
-            let mut s = a[x] * kernel[0];
-            s = fma::<T, FUSED>(b[x], kernel[1], s);
-            s = fma::<T, FUSED>(c[x], kernel[2], s);
-            s = fma::<T, FUSED>(d[x], kernel[3], s);
-            s = fma::<T, FUSED>(e[x], kernel[4], s);
-            s = fma::<T, FUSED>(f[x], kernel[5], s);
-            s = fma::<T, FUSED>(g[x], kernel[6], s);
-            s = fma::<T, FUSED>(h[x], kernel[7], s);
-            s = fma::<T, FUSED>(i[x], kernel[8], s);
-            out[x] = s;
-        }
+/// Every other value of `row` from `first` on.
+fn every_other<T: Real>(row: &[T], first: usize, out: &mut [T]) {
+    let whole = row.get(first..).unwrap_or(&[]);
+    let pairs = whole.chunks_exact(2);
+    let last = pairs.remainder().first();
+    for (o, pair) in out.iter_mut().zip(pairs) {
+        *o = pair[0];
+    }
+    if let (Some(v), Some(o)) = (last, out.get_mut(whole.len() / 2)) {
+        *o = *v;
     }
 }
 
-const LANES: usize = 16;
-
-kernel! {
-    /// `lanes[k] += sum of rows[k][x] * grad[x]`, in lanes.
-    fn weigh<T>(rows: [&[T]; 9], grad: &[T], lanes: &mut [[T; LANES]; 9]) {
-        let n = grad.len();
-        let whole = n / LANES * LANES;
-        for (k, lanes) in lanes.iter_mut().enumerate() {
-            let row = &rows[k][..n];
-            let mut sum = *lanes;
-            for (r, g) in row[..whole].chunks_exact(LANES).zip(grad[..whole].chunks_exact(LANES)) {
-                for ((s, r), g) in sum.iter_mut().zip(r).zip(g) {
-                    *s = fma::<T, FUSED>(*r, *g, *s);
+macro_rules! correlate {
+    ($name:ident, $n:literal: $($k:literal)*) => {
+        kernel! {
+            /// `out[x] = sum of rows[k][x] * weights[k]`, in their order.
+            fn $name<T>(rows: [&[T]; $n], weights: [T; $n], out: &mut [T]) {
+                let n = out.len();
+                let rows = rows.map(|r| &r[..n]);
+                for x in 0..n {
+                    let s = rows[0][x] * weights[0];
+                    $(let s = fma::<T, FUSED>(rows[$k][x], weights[$k], s);)*
+                    out[x] = s;
                 }
+                let _ = FUSED;
             }
-            for ((s, r), g) in sum.iter_mut().zip(&row[whole..]).zip(&grad[whole..]) {
-                *s = fma::<T, FUSED>(*r, *g, *s);
-            }
-            *lanes = sum;
         }
-    }
+    };
 }
+correlate!(correlate9, 9: 1 2 3 4 5 6 7 8);
+correlate!(correlate4, 4: 1 2 3);
+correlate!(correlate2, 2: 1);
+correlate!(correlate1, 1:);
+
+/// Lanes that a weight's gradient is summed in; runs are as many times as long, rounded up.
+const LANES: usize = 32;
 
 kernel! {
-    /// `out[x] += grad[x] * weight`.
-    fn scatter<T>(grad: &[T], weight: T, out: &mut [T]) {
-        for (o, g) in out.iter_mut().zip(grad) {
-            *o = fma::<T, FUSED>(*g, weight, *o);
+    /// `lanes[x % LANES] += row[x] * grad[x]`, of as many whole times `LANES` as there are. Nothing else is in here, so that the lanes
+    /// stay in registers.
+    fn weigh<T>(row: &[T], grad: &[T], lanes: &mut [T; LANES]) {
+        let mut sums = [T::ZERO; LANES];
+        for (row, grad) in row.chunks_exact(LANES).zip(grad.chunks_exact(LANES)) {
+            for ((sum, v), g) in sums.iter_mut().zip(row).zip(grad) {
+                *sum = fma::<T, FUSED>(*v, *g, *sum);
+            }
+        }
+        for (lane, sum) in lanes.iter_mut().zip(sums) {
+            *lane += sum;
         }
     }
-}
-
-/// The nine rows that output row `y` reads of a padded plane.
-fn rows<'a, T: Real>(shape: &Shape, padded: &'a [T], y: usize) -> [&'a [T]; 9] {
-    std::array::from_fn(|k| &padded[(y * shape.stride + k / 3) * shape.row() + shape.column(k % 3)..][..shape.out_width])
 }
 
 /// `out = depthwise(x, weight)` with each channel's moments. `weight`: C x 9.
 pub fn forward<T: Real>(weight: &[T], x: Source<T>, shape: &Shape, out: &mut [T], moments: bool) -> Vec<Moments> {
-    let (plane, out_plane) = (shape.plane(), shape.out_plane());
+    let (plane, out_plane, group) = (shape.plane(), shape.out_plane(), shape.group());
+    let buffers = || (vec![T::ZERO; group * plane], vec![T::ZERO; shape.phases() * shape.phase()], vec![T::ZERO; shape.run(group)]);
     out.par_chunks_mut(shape.images * out_plane)
+        .zip(weight.par_chunks(9))
         .enumerate()
-        .map_init(
-            || (vec![T::ZERO; plane], vec![T::ZERO; shape.padded()]),
-            |(tight, padded), (c, out)| {
-                let kernel: &[T; 9] = &std::array::from_fn(|k| weight[c * 9 + k]);
-                let mut all = Moments::default();
-                for (image, out) in out.chunks_exact_mut(out_plane).enumerate() {
-                    x.read(c, shape.images * plane, image * plane, tight);
-                    shape.spread(tight, padded);
-                    for (y, out) in out.chunks_exact_mut(shape.out_width).enumerate() {
-                        correlate(rows(shape, padded, y), kernel, out);
-                    }
-                    if moments {
-                        all = all.join(Moments::of(out));
-                    }
+        .map_init(buffers, |(tight, padded, wide), (c, (out, kernel))| {
+            let mut all = Moments::default();
+            for (at, out) in out.chunks_mut(group * out_plane).enumerate() {
+                let images = out.len() / out_plane;
+                let tight = &mut tight[..images * plane];
+                x.read(c, shape.images * plane, at * group * plane, tight);
+                shape.spread(tight, padded, images);
+                let wide = &mut wide[..shape.run(images)];
+                correlate9(shape.taps(padded, wide.len()), std::array::from_fn(|k| kernel[k]), wide);
+                shape.outputs(images, |to, from| out[to..][..shape.out_width].copy_from_slice(&wide[from..][..shape.out_width]));
+                if moments {
+                    all = all.join(Moments::of(out));
                 }
-                all
-            },
-        )
+            }
+            all
+        })
         .collect()
 }
 
@@ -201,7 +241,7 @@ pub fn backward<T: Real>(
     shape: &Shape,
     into: Into<T>,
 ) -> Vec<GradSums> {
-    let (plane, out_plane) = (shape.plane(), shape.out_plane());
+    let (plane, out_plane, group, phase, reach) = (shape.plane(), shape.out_plane(), shape.group(), shape.phase(), shape.reach());
     let (target, normed, add) = match into {
         Into::Nowhere => (None, None, None),
         Into::Normed { grad, raw, norm, top } => (Some(grad), Some((raw, norm, top)), None),
@@ -211,45 +251,74 @@ pub fn backward<T: Real>(
         Some(grad) => grad.chunks_mut(shape.images * plane).map(Some).collect(),
         None => (0..weight.len() / 9).map(|_| None).collect(),
     };
-    // The gradient of the input is the output's, correlated with the turned kernel over a plane with a border of its own.
-    let buffers = || (vec![T::ZERO; plane], vec![T::ZERO; shape.padded()], vec![T::ZERO; out_plane], vec![T::ZERO; shape.padded()]);
+    struct Buffers<T> {
+        tight: Vec<T>,
+        padded: Vec<T>,
+        dy: Vec<T>,
+        /// The outputs' gradient as a run, zero between rows, behind as many zeros as the weights reach.
+        run: Vec<T>,
+        back: Vec<T>,
+    }
+    let buffers = || Buffers {
+        tight: vec![T::ZERO; group * plane],
+        padded: vec![T::ZERO; shape.phases() * phase + LANES],
+        dy: vec![T::ZERO; group * out_plane],
+        run: vec![T::ZERO; reach + phase + LANES],
+        back: vec![T::ZERO; shape.phases() * phase],
+    };
     planes
         .into_par_iter()
         .zip(weight_grad.par_chunks_mut(9))
         .enumerate()
-        .map_init(buffers, |(tight, padded, dy, back), (c, (mut into, weight_grad))| {
-            let kernel: &[T; 9] = &std::array::from_fn(|k| weight[c * 9 + k]);
-            let mut lanes = [[T::ZERO; LANES]; 9];
+        .map_init(buffers, |Buffers { tight, padded, dy, run, back }, (c, (mut into, weight_grad))| {
+            let kernel = &weight[c * 9..][..9];
+            let mut total = [0f64; 9];
             let mut sums = GradSums::default();
-            for image in 0..shape.images {
-                grad.read(c, shape.images * out_plane, image * out_plane, dy);
-                x.read(c, shape.images * plane, image * plane, tight);
-                shape.spread(tight, padded);
-                for (y, dy) in dy.chunks_exact(shape.out_width).enumerate() {
-                    weigh(rows(shape, padded, y), dy, &mut lanes);
+            for first in (0..shape.images).step_by(group) {
+                let images = group.min(shape.images - first);
+                let (tight, dy) = (&mut tight[..images * plane], &mut dy[..images * out_plane]);
+                grad.read(c, shape.images * out_plane, first * out_plane, dy);
+                shape.outputs(images, |from, to| run[reach + to..][..shape.out_width].copy_from_slice(&dy[from..][..shape.out_width]));
+                x.read(c, shape.images * plane, first * plane, tight);
+                shape.spread(tight, padded, images);
+                // Behind the last output of a group that is not whole there is another's.
+                let n = shape.run(images);
+                let whole = n.next_multiple_of(LANES);
+                run[reach + n..reach + whole].fill(T::ZERO);
+                for (row, total) in shape.taps(padded, whole).into_iter().zip(&mut total) {
+                    let mut lanes = [T::ZERO; LANES];
+                    weigh(row, &run[reach..][..whole], &mut lanes);
+                    *total += lanes.iter().map(|v| v.wide()).sum::<f64>();
                 }
                 let Some(into) = into.as_mut() else { continue };
-                back.fill(T::ZERO);
-                for (y, dy) in dy.chunks_exact(shape.out_width).enumerate() {
-                    for (k, w) in kernel.iter().enumerate() {
-                        let first = (y * shape.stride + k / 3) * shape.row() + shape.column(k % 3);
-                        scatter(dy, *w, &mut back[first..][..shape.out_width]);
+                // What a weight read from a place for an output comes back to it from there.
+                let n = images * shape.part();
+                let rows: [&[T]; 9] = std::array::from_fn(|k| &run[reach - shape.tap(k).1..][..n]);
+                for (at, back) in back.chunks_exact_mut(phase).enumerate() {
+                    let back = &mut back[..n];
+                    fn of<U: Copy, const N: usize>(all: &[U], which: [usize; N]) -> [U; N] {
+                        which.map(|k| all[k])
+                    }
+                    match (shape.stride, at) {
+                        (1, _) => correlate9(rows, of(kernel, [0, 1, 2, 3, 4, 5, 6, 7, 8]), back),
+                        (_, 0) => correlate4(of(&rows, [0, 2, 6, 8]), of(kernel, [0, 2, 6, 8]), back),
+                        (_, 1) => correlate2(of(&rows, [1, 7]), of(kernel, [1, 7]), back),
+                        (_, 2) => correlate2(of(&rows, [3, 5]), of(kernel, [3, 5]), back),
+                        _ => correlate1([rows[4]], [kernel[4]], back),
                     }
                 }
-                let out = &mut into[image * plane..][..plane];
-                shape.gather(back, out);
-                let first = (c * shape.images + image) * plane;
+                let out = &mut into[first * plane..][..images * plane];
+                shape.gather(back, out, images);
+                let first = (c * shape.images + first) * plane;
                 if let Some((raw, norm, top)) = normed {
-                    sums = sums.join(mask_and_sum(out, &raw[first..][..plane], norm, c, Some(top)));
+                    sums = sums.join(mask_and_sum(out, &raw[first..][..out.len()], norm, c, Some(top)));
                 } else if let Some(add) = add {
-                    for (g, a) in out.iter_mut().zip(&add[first..][..plane]) {
+                    for (g, a) in out.iter_mut().zip(&add[first..]) {
                         *g += *a;
                     }
                 }
             }
-            for (g, lanes) in weight_grad.iter_mut().zip(lanes) {
-                *g += lanes.iter().fold(T::ZERO, |s, v| s + *v);
-            }
+            weight_grad.iter_mut().zip(total).for_each(|(g, t)| *g += T::of(t));
             sums
         })
         .collect()

@@ -194,38 +194,67 @@ pub fn mask_and_sum<T: Real>(grad: &mut [T], raw: &[T], norm: &Norm<T>, channel:
     GradSums { grad: sums[0].wide(), grad_x: sums[1].wide() }
 }
 
+/// Lanes that two sums at once run in.
+const PAIR: usize = 16;
+
+/// Sums of gradients that are left over behind whole lanes, and of lanes.
+#[inline(always)]
+fn both<T: Real>(a: [T; PAIR], b: [T; PAIR], rest: [T; 2]) -> [T; 2] {
+    let sum = |lanes: [T; PAIR], rest: T| lanes.iter().fold(rest, |s, v| s + *v);
+    [sum(a, rest[0]), sum(b, rest[1])]
+}
+
+// Lanes of a length that is known, one loop for each thing that is done with them: so they stay in registers.
 kernel! {
     fn masked_sums<T>(grad: &mut [T], raw: &[T], of: [T; 5], out: &mut [T; 2]) {
         let [scale, shift, mean, inverse, top] = of;
-        let mut a = [T::ZERO; LANES];
-        let mut b = [T::ZERO; LANES];
-        let n = grad.len().min(raw.len());
-        let (grad, raw) = (&mut grad[..n], &raw[..n]);
-        for (g, x) in grad.chunks_mut(LANES).zip(raw.chunks(LANES)) {
-            for (((g, x), a), b) in g.iter_mut().zip(x).zip(&mut a).zip(&mut b) {
-                let y = fma::<T, FUSED>(*x, scale, shift);
-                let kept = if y > T::ZERO && y < top { *g } else { T::ZERO };
-                *g = kept;
-                *a += kept;
-                *b = fma::<T, FUSED>(kept, (*x - mean) * inverse, *b);
+        let kept = |g: T, x: T| {
+            let y = fma::<T, FUSED>(x, scale, shift);
+            if y > T::ZERO && y < top { g } else { T::ZERO }
+        };
+        let (mut a, mut b) = ([T::ZERO; PAIR], [T::ZERO; PAIR]);
+        let mut chunks = grad.chunks_exact_mut(PAIR);
+        let raw = raw.chunks_exact(PAIR);
+        let last = raw.remainder();
+        for (g, x) in (&mut chunks).zip(raw) {
+            for i in 0..PAIR {
+                g[i] = kept(g[i], x[i]);
+            }
+            for i in 0..PAIR {
+                a[i] += g[i];
+            }
+            for i in 0..PAIR {
+                b[i] = fma::<T, FUSED>(g[i], (x[i] - mean) * inverse, b[i]);
             }
         }
-        *out = [a.iter().fold(T::ZERO, |s, v| s + *v), b.iter().fold(T::ZERO, |s, v| s + *v)];
+        let mut rest = [T::ZERO; 2];
+        for (g, x) in chunks.into_remainder().iter_mut().zip(last) {
+            *g = kept(*g, *x);
+            rest = [rest[0] + *g, fma::<T, FUSED>(*g, (*x - mean) * inverse, rest[1])];
+        }
+        *out = both(a, b, rest);
     }
 }
 
 kernel! {
     fn plain_sums<T>(grad: &[T], raw: &[T], of: [T; 2], out: &mut [T; 2]) {
         let [mean, inverse] = of;
-        let mut a = [T::ZERO; LANES];
-        let mut b = [T::ZERO; LANES];
-        for (g, x) in grad.chunks(LANES).zip(raw.chunks(LANES)) {
-            for (((g, x), a), b) in g.iter().zip(x).zip(&mut a).zip(&mut b) {
-                *a += *g;
-                *b = fma::<T, FUSED>(*g, (*x - mean) * inverse, *b);
+        let (mut a, mut b) = ([T::ZERO; PAIR], [T::ZERO; PAIR]);
+        let (grad, raw) = (grad.chunks_exact(PAIR), raw.chunks_exact(PAIR));
+        let (last, last_raw) = (grad.remainder(), raw.remainder());
+        for (g, x) in grad.zip(raw) {
+            for i in 0..PAIR {
+                a[i] += g[i];
+            }
+            for i in 0..PAIR {
+                b[i] = fma::<T, FUSED>(g[i], (x[i] - mean) * inverse, b[i]);
             }
         }
-        *out = [a.iter().fold(T::ZERO, |s, v| s + *v), b.iter().fold(T::ZERO, |s, v| s + *v)];
+        let mut rest = [T::ZERO; 2];
+        for (g, x) in last.iter().zip(last_raw) {
+            rest = [rest[0] + *g, fma::<T, FUSED>(*g, (*x - mean) * inverse, rest[1])];
+        }
+        *out = both(a, b, rest);
     }
 }
 

@@ -236,9 +236,13 @@ fn unit_norm(channels: usize, seed: u64) -> Norm<f64> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// Against loops over single values; any size, stride, padding, also planes smaller than a vector.
+    /// Against loops over single values; any size, stride, padding, also planes smaller than a vector, and more of them than are worked
+    /// on together.
     #[test]
-    fn depthwise_equals_plain_loops(c in 1usize..4, n in 1usize..4, h in 1usize..13, w in 1usize..21, stride in 1usize..3, same in any::<bool>(), seed in any::<u64>()) {
+    fn depthwise_equals_plain_loops(
+        c in 1usize..4, n in 1usize..8, h in 1usize..13, w in 1usize..21, large in any::<bool>(), stride in 1usize..3, same in any::<bool>(), seed in any::<u64>(),
+    ) {
+        let (h, w) = if large { (h + 30, w + 60) } else { (h, w) };
         let pad = if same { Pad::same(h, w, stride) } else { Pad::ONE };
         let (oh, ow) = pad.output(h, w, stride).unwrap();
         let shape = depthwise::Shape { images: n, height: h, width: w, out_height: oh, out_width: ow, stride, pad };
