@@ -96,72 +96,73 @@ impl Shape {
         }
     }
 
-    /// Calls `f` for every row of every image that an output reads, once for each parity of columns at stride 2, with where it lies
-    /// among tight planes, where its columns do in a padded group, and which of them is the first there.
-    fn inputs(&self, images: usize, mut f: impl FnMut(usize, usize, usize)) {
-        let (s, left) = (self.stride, self.pad.left);
+    /// Calls `f` for every row of every image that an output reads with where it lies among tight planes, and where its row of a padded
+    /// group begins, that of even columns at stride 2.
+    fn inputs(&self, images: usize, mut f: impl FnMut(usize, usize)) {
+        let s = self.stride;
         for image in 0..images {
             for y in 0..self.height {
                 let (within, down) = ((y + self.pad.top) % s, (y + self.pad.top) / s);
-                if down >= self.rows() {
-                    break;
-                }
-                for parity in 0..s {
-                    let skipped = left.saturating_sub(parity).div_ceil(s);
-                    let at = (within * s + parity) * self.phase() + (image * self.rows() + down) * self.row() + skipped;
-                    f((image * self.height + y) * self.width, at, skipped * s + parity - left);
+                if down < self.rows() {
+                    let at = within * s * self.phase() + (image * self.rows() + down) * self.row();
+                    f((image * self.height + y) * self.width, at);
                 }
             }
         }
     }
 
-    /// Columns of a padded row that the input's from `first` on fill.
-    fn columns(&self, first: usize) -> usize {
-        let skipped = (first + self.pad.left) / self.stride;
-        self.width.saturating_sub(first).div_ceil(self.stride).min(self.row() - skipped)
-    }
-
     /// Spreads tight planes into a padded group whose borders are zero already.
     fn spread<T: Real>(&self, planes: &[T], padded: &mut [T], images: usize) {
-        self.inputs(images, |row, at, first| {
-            let out = &mut padded[at..][..self.columns(first)];
+        let (row, left) = (self.row(), self.pad.left);
+        self.inputs(images, |from, at| {
+            let source = &planes[from..][..self.width];
             if self.stride == 1 {
-                out.copy_from_slice(&planes[row + first..][..out.len()]);
+                let out = &mut padded[at + left..at + row];
+                let n = out.len().min(source.len());
+                out[..n].copy_from_slice(&source[..n]);
             } else {
-                every_other(&planes[row..][..self.width], first, out);
+                let (even, odd) = padded[at..].split_at_mut(self.phase());
+                let (even, odd) = (&mut even[..row], &mut odd[..row]);
+                // Where the first, third, fifth value of the row goes, and where those between.
+                let (a, b) = if left % 2 == 0 { (even, odd) } else { (odd, even) };
+                let (a, b) = (&mut a[left / 2..], &mut b[left.div_ceil(2)..]);
+                for ((a, b), pair) in a.iter_mut().zip(b.iter_mut()).zip(source.chunks_exact(2)) {
+                    (*a, *b) = (pair[0], pair[1]);
+                }
+                let pairs = b.len().min(source.len() / 2);
+                if let (Some(a), Some(v)) = (a.get_mut(pairs), source.get(2 * pairs)) {
+                    *a = *v;
+                }
             }
         });
     }
 
     /// The reverse of [`Shape::spread`]: the padding is dropped, and what no output read is zero.
     fn gather<T: Real>(&self, padded: &[T], planes: &mut [T], images: usize) {
+        let (row, left) = (self.row(), self.pad.left);
         let last = |size: usize, before: usize| (size - 1 + before) / self.stride;
-        if last(self.height, self.pad.top) >= self.rows() || last(self.width, self.pad.left) >= self.row() {
+        if last(self.height, self.pad.top) >= self.rows() || last(self.width, left) >= row {
             planes.fill(T::ZERO);
         }
-        self.inputs(images, |row, at, first| {
-            let source = &padded[at..][..self.columns(first)];
+        self.inputs(images, |to, at| {
+            let out = &mut planes[to..][..self.width];
             if self.stride == 1 {
-                planes[row + first..][..source.len()].copy_from_slice(source);
+                let source = &padded[at + left..at + row];
+                let n = out.len().min(source.len());
+                out[..n].copy_from_slice(&source[..n]);
             } else {
-                for (o, v) in planes[row..][..self.width][first.min(self.width)..].iter_mut().step_by(2).zip(source) {
+                let (even, odd) = (&padded[at..][..row], &padded[at + self.phase()..][..row]);
+                let (a, b) = if left % 2 == 0 { (even, odd) } else { (odd, even) };
+                let (a, b) = (&a[left / 2..], &b[left.div_ceil(2)..]);
+                for ((pair, a), b) in out.chunks_exact_mut(2).zip(a).zip(b) {
+                    (pair[0], pair[1]) = (*a, *b);
+                }
+                let pairs = b.len().min(out.len() / 2);
+                if let (Some(v), Some(o)) = (a.get(pairs), out.get_mut(2 * pairs)) {
                     *o = *v;
                 }
             }
         });
-    }
-}
-
-/// Every other value of `row` from `first` on.
-fn every_other<T: Real>(row: &[T], first: usize, out: &mut [T]) {
-    let whole = row.get(first..).unwrap_or(&[]);
-    let pairs = whole.chunks_exact(2);
-    let last = pairs.remainder().first();
-    for (o, pair) in out.iter_mut().zip(pairs) {
-        *o = pair[0];
-    }
-    if let (Some(v), Some(o)) = (last, out.get_mut(whole.len() / 2)) {
-        *o = *v;
     }
 }
 
