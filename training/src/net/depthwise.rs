@@ -225,7 +225,7 @@ pub fn forward<T: Real>(weight: &[T], x: Source<T>, shape: &Shape, out: &mut [T]
                 correlate9(shape.taps(padded, wide.len()), std::array::from_fn(|k| kernel[k]), wide);
                 shape.outputs(images, |to, from| out[to..][..shape.out_width].copy_from_slice(&wide[from..][..shape.out_width]));
                 if moments {
-                    all = all.join(Moments::of(out));
+                    all = out.chunks_exact(out_plane).fold(all, |all, plane| all.join(Moments::of(plane)));
                 }
             }
             all
