@@ -1,9 +1,11 @@
 //! 3x3 convolution at stride 1 and padding 1 with bias, ReLU and 2x2 maximum, by Winograd's F(4x4, 3x3)
-//! (Lavin and Gray, CVPR 2016): a quarter of the multiplications of the definition. Inference only.
+//! and F(6x6, 3x3) (Lavin and Gray, CVPR 2016): a quarter and a fifth of the multiplications of the definition. Inference only.
 //!
-//! Channels lie side by side. A row of 4x4 tiles is worked on in runs: their 6x6 neighbourhoods are transformed to 36
-//! planes, in each of which the convolution is a matrix product over channels; the products of a group of output
-//! channels are transformed back while they are in the cache.
+//! Channels lie side by side. A row of tiles is worked on in runs: their neighbourhoods, two pixels larger, are transformed to a
+//! plane for each of their values, in each of which the convolution is a matrix product over channels; the products of a group of
+//! output channels are transformed back while they are in the cache.
+//!
+//! Functions that know the tile are generic over it: `TILE` rows and columns of output, `SEEN` of input, which is `TILE + 2`.
 
 use super::aligned::Aligned;
 use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
@@ -15,19 +17,26 @@ use crate::team::chunks_with;
 use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
 use std::sync::Arc;
 
-/// Transformed values of a tile.
-const PLANES: usize = 36;
-/// Tiles of a run at most: whole tiles of the matrix product's kernels, and few enough for the second-level cache.
-const RUN: usize = 24;
-/// Pixels from what is loaded to what is asked for: maps of large images come from memory.
-const AHEAD: usize = 8;
 /// Units of output channels that are transformed back together.
 const GROUP: usize = 4;
+/// Columns of the input from which on tiles of 6x6 are used, and channels up to which. Measured with AVX2 and 64 channels: 0.90 to
+/// 0.93 of the time of 4x4 at 480x640 and 240x320, nothing gained at 120x160, 1.1 to 1.4 at 60x80, where a row's last run is mostly
+/// empty. With twice the channels a run and the weights of 64 planes leave the second-level cache.
+const WIDE: usize = 240;
+const NARROW: usize = 64;
+
+/// Tiles of a run whose input is made together, where it is made.
+const PART: usize = 6;
+
+/// Tiles of a run at most: whole tiles of the matrix product's kernels, and few enough for the second-level cache.
+const fn run_of(tile: usize) -> usize {
+    [24, 18][(tile == 6) as usize]
+}
 
 /// Values from one plane of a run to the next: a cache line more than they take, or all planes of a tile would lie in the same few
 /// sets of the first-level cache, which keeps eight lines of each.
-const fn pitch(channels: usize) -> usize {
-    RUN * channels + UNIT
+const fn pitch(tile: usize, channels: usize) -> usize {
+    run_of(tile) * channels + UNIT
 }
 
 /// Weights, transformed once.
@@ -40,8 +49,12 @@ pub struct Conv3x3 {
 
 #[derive(Debug)]
 struct Transformed {
-    /// Of each group of output channels, the matrices of 36 planes.
-    groups: Vec<Packed>,
+    /// Of each group of output channels, the matrices of the planes of tiles of 4x4.
+    four: Vec<Packed>,
+    /// Of tiles of 6x6; none where they would not pay at any size.
+    six: Vec<Packed>,
+    /// Columns of the input from which on those are used.
+    wide: usize,
     /// Padded to whole units.
     bias: Vec<f32>,
     inputs: usize,
@@ -59,29 +72,36 @@ impl Conv3x3 {
     ///
     /// Errors: other shapes.
     pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        Self::on(weight, bias, Isa::detect())
+        let isa = Isa::detect();
+        let narrow = weight.dims().iter().take(2).all(|c| *c <= NARROW);
+        // With AVX-512 a product takes half as long and a transform, which waits for memory, does not: not known to pay there.
+        Self::on(weight, bias, isa, if narrow && isa != Isa::Avx512 { WIDE } else { usize::MAX })
     }
 
-    fn on(weight: &Tensor, bias: &Tensor, isa: Isa) -> Result<Self> {
+    /// For `isa`, with tiles of 6x6 for images of `wide` columns and more.
+    fn on(weight: &Tensor, bias: &Tensor, isa: Isa, wide: usize) -> Result<Self> {
         let (outputs, inputs, h, w) = weight.dims4()?;
         let (flat, mut bias) = (weight.flatten_all()?.to_vec1::<f32>()?, bias.flatten_all()?.to_vec1::<f32>()?);
         if (h, w) != (3, 3) || bias.len() != outputs || !Self::suits(inputs) || outputs == 0 {
             return Err(Error::weights(format!("a 3x3 convolution of weights {:?} and {} biases", weight.dims(), bias.len())));
         }
-        let mut planes = vec![vec![0f32; outputs * inputs]; PLANES];
-        for (at, kernel) in flat.chunks_exact(9).enumerate() {
-            for (plane, value) in planes.iter_mut().zip(transform_kernel(kernel)) {
-                plane[at] = value;
+        let groups = |points: &[[f64; 3]]| -> Vec<Packed> {
+            let mut planes = vec![vec![0f32; outputs * inputs]; points.len() * points.len()];
+            for (at, kernel) in flat.chunks_exact(9).enumerate() {
+                for (plane, value) in planes.iter_mut().zip(transform_kernel(points, kernel)) {
+                    plane[at] = value;
+                }
             }
-        }
-        let group = |first: usize| -> Packed {
-            let of = first..(first + GROUP * UNIT).min(outputs);
-            let matrices: Vec<_> = planes.iter().map(|p| &p[of.start * inputs..of.end * inputs]).collect();
-            Packed::several(&matrices, &vec![0f32; of.len()], inputs, isa)
+            let group = |first: usize| -> Packed {
+                let of = first..(first + GROUP * UNIT).min(outputs);
+                let matrices: Vec<_> = planes.iter().map(|p| &p[of.start * inputs..of.end * inputs]).collect();
+                Packed::several(&matrices, &vec![0f32; of.len()], inputs, isa)
+            };
+            (0..outputs).step_by(GROUP * UNIT).map(group).collect()
         };
-        let groups = (0..outputs).step_by(GROUP * UNIT).map(group).collect();
+        let (four, six) = (groups(&FOUR), if wide < usize::MAX { groups(&SIX) } else { Vec::new() });
         bias.resize(outputs.next_multiple_of(UNIT), 0.0);
-        Ok(Self { packed: Arc::new(Transformed { groups, bias, inputs, outputs, isa }), before: None })
+        Ok(Self { packed: Arc::new(Transformed { four, six, wide, bias, inputs, outputs, isa }), before: None })
     }
 
     /// This after `relu(conv(x) + bias)` of `weight`, I x 1 x 3 x 3, and `bias`, I: x then has one channel. The map between
@@ -123,18 +143,32 @@ impl Conv3x3 {
     }
 }
 
-/// `G g G^T` of a kernel, in f64.
-fn transform_kernel(kernel: &[f32]) -> [f32; PLANES] {
-    const G: [[f64; 3]; 6] = [
-        [1.0 / 4.0, 0.0, 0.0],
-        [-1.0 / 6.0, -1.0 / 6.0, -1.0 / 6.0],
-        [-1.0 / 6.0, 1.0 / 6.0, -1.0 / 6.0],
-        [1.0 / 24.0, 1.0 / 12.0, 1.0 / 6.0],
-        [1.0 / 24.0, -1.0 / 12.0, 1.0 / 6.0],
-        [0.0, 0.0, 1.0],
-    ];
-    let half = G.map(|g| [0, 1, 2].map(|c| (0..3).map(|r| g[r] * f64::from(kernel[3 * r + c])).sum::<f64>()));
-    std::array::from_fn(|p| (0..3).map(|c| half[p / 6][c] * G[p % 6][c]).sum::<f64>() as f32)
+/// `G` of tiles of 4x4, of the points 0, 1, -1, 2, -2 and infinity.
+const FOUR: [[f64; 3]; 6] = [
+    [1.0 / 4.0, 0.0, 0.0],
+    [-1.0 / 6.0, -1.0 / 6.0, -1.0 / 6.0],
+    [-1.0 / 6.0, 1.0 / 6.0, -1.0 / 6.0],
+    [1.0 / 24.0, 1.0 / 12.0, 1.0 / 6.0],
+    [1.0 / 24.0, -1.0 / 12.0, 1.0 / 6.0],
+    [0.0, 0.0, 1.0],
+];
+
+/// `G` of tiles of 6x6, of the points 0, 1, -1, 2, -2, 1/2, -1/2 and infinity.
+const SIX: [[f64; 3]; 8] = [
+    [1.0, 0.0, 0.0],
+    [-2.0 / 9.0, -2.0 / 9.0, -2.0 / 9.0],
+    [-2.0 / 9.0, 2.0 / 9.0, -2.0 / 9.0],
+    [1.0 / 90.0, 1.0 / 45.0, 2.0 / 45.0],
+    [1.0 / 90.0, -1.0 / 45.0, 2.0 / 45.0],
+    [1.0 / 45.0, 1.0 / 90.0, 1.0 / 180.0],
+    [1.0 / 45.0, -1.0 / 90.0, 1.0 / 180.0],
+    [0.0, 0.0, 1.0],
+];
+
+/// `G g G^T` of a kernel, in f64, row by row.
+fn transform_kernel<'a>(points: &'a [[f64; 3]], kernel: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+    let rows = points.iter().map(|g| [0, 1, 2].map(|c| (0..3).map(|r| g[r] * f64::from(kernel[3 * r + c])).sum::<f64>()));
+    rows.flat_map(|row| points.iter().map(move |g| (0..3).map(|c| row[c] * g[c]).sum::<f64>() as f32))
 }
 
 struct Op {
@@ -182,17 +216,27 @@ impl Op {
             return;
         }
         let image = Image { x, height, width, channels, window: Window { y: 0, x: 0, pitch: width } };
-        chunks_with(out, 4 / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
-            scratch.fit(self);
-            match self.packed.isa {
+        let six = width >= self.packed.wide;
+        let tile = if six { 6 } else { 4 };
+        chunks_with(out, tile / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
+            scratch.fit(self, tile);
+            match (self.packed.isa, six) {
                 // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => unsafe { tile_row_avx512(self, image, row, scratch, out) },
+                (Isa::Avx512, false) => unsafe { tile_row_avx512::<4, 6>(self, image, row, scratch, out) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => unsafe { tile_row_avx2(self, image, row, scratch, out) },
+                (Isa::Avx512, true) => unsafe { tile_row_avx512::<6, 8>(self, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, false) => unsafe { tile_row_avx2::<4, 6>(self, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, true) => unsafe { tile_row_avx2::<6, 8>(self, image, row, scratch, out) },
                 // SAFETY: plain arrays need no instruction set.
-                _ => unsafe { tile_row::<[f32; 4]>(self, image, row, scratch, out) },
+                (_, false) => unsafe { tile_row::<[f32; 4], 4, 6>(self, image, row, scratch, out) },
+                // SAFETY: as above.
+                (_, true) => unsafe { tile_row::<[f32; 4], 6, 8>(self, image, row, scratch, out) },
             }
         });
     }
@@ -240,97 +284,110 @@ struct Scratch {
     seen: Vec<f32>,
 }
 
-/// Pixels of a run's input along a row.
-const ACROSS: usize = 4 * RUN + 2;
-
 impl Scratch {
-    fn fit(&mut self, op: &Op) {
-        let inputs = op.packed.inputs;
+    fn fit(&mut self, op: &Op, tile: usize) {
+        let (inputs, seen) = (op.packed.inputs, tile + 2);
         if op.before.is_some() {
-            self.window.fit(6 * ACROSS * inputs);
-            self.seen.resize(8 * (ACROSS + 2), 0.0);
+            // Pixels of a run's input along a row.
+            let across = tile * PART + 2;
+            self.window.fit(seen * across * inputs);
+            self.seen.resize((seen + 2) * (across + 2), 0.0);
         }
-        self.input.fit(PLANES * pitch(inputs));
-        self.product.fit(PLANES * pitch(GROUP * UNIT));
-        self.zeros.resize(6 * inputs, 0.0);
-        self.edge.resize(36 * inputs, 0.0);
+        self.input.fit(seen * seen * pitch(tile, inputs));
+        self.product.fit(seen * seen * pitch(tile, GROUP * UNIT));
+        self.zeros.resize(seen * inputs, 0.0);
+        self.edge.resize(seen * seen * inputs, 0.0);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn tile_row_avx512(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+unsafe fn tile_row_avx512<const TILE: usize, const SEEN: usize>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { tile_row::<std::arch::x86_64::__m512>(op, image, row, scratch, out) }
+    unsafe { tile_row::<std::arch::x86_64::__m512, TILE, SEEN>(op, image, row, scratch, out) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_row_avx2(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+unsafe fn tile_row_avx2<const TILE: usize, const SEEN: usize>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { tile_row::<std::arch::x86_64::__m256>(op, image, row, scratch, out) }
+    unsafe { tile_row::<std::arch::x86_64::__m256, TILE, SEEN>(op, image, row, scratch, out) }
 }
 
-/// The tiles of one row: four rows of output, two if pooled, or what there is of them.
+/// The tiles of one row: `TILE` rows of output, half as many if pooled, or what there is of them.
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`, for which the weights were packed; `scratch` fits.
 #[inline(always)]
-unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
+    op: &Op,
+    image: Image,
+    row: usize,
+    scratch: &mut Scratch,
+    out: &mut [f32],
+) {
     let inputs = op.packed.inputs;
-    let tiles = image.width.div_ceil(4);
+    let (tiles, run, count) = (image.width.div_ceil(TILE), run_of(TILE), SEEN * SEEN);
+    let groups = if TILE == 4 { &op.packed.four } else { &op.packed.six };
     let Scratch { input, product, zeros, edge, window, seen } = scratch;
     let (input, product, window) = (input.values_mut(), product.values_mut(), window.values_mut());
     let mut first = 0;
     while first < tiles {
-        let n = (tiles - first).min(RUN);
+        let n = (tiles - first).min(run);
         // SAFETY: the instruction set by the caller's promise.
         unsafe {
-            let source = match &op.before {
-                Some(before) => before_run::<V>(before, image, (4 * row, 4 * first, 4 * n), seen, window),
-                None => image,
-            };
-            for t in 0..n {
-                let rows = neighbourhood(source, 4 * row, 4 * (first + t), zeros, edge);
-                match inputs {
-                    64 => transform_input::<V, 64>(rows, inputs, t, input),
-                    128 => transform_input::<V, 128>(rows, inputs, t, input),
-                    _ => transform_input::<V, 0>(rows, inputs, t, input),
+            for from in (0..n).step_by(PART) {
+                let to = (from + PART).min(n);
+                let source = match &op.before {
+                    Some(before) => {
+                        let place = (TILE * row, TILE * (first + from), TILE * (to - from));
+                        before_run::<V, TILE>(before, image, place, seen, window)
+                    }
+                    None => image,
+                };
+                for t in from..to {
+                    let rows = neighbourhood(source, TILE * row, TILE * (first + t), zeros, edge);
+                    match inputs {
+                        64 => transform_input::<V, TILE, SEEN, 64>(rows, inputs, t, input),
+                        128 => transform_input::<V, TILE, SEEN, 128>(rows, inputs, t, input),
+                        _ => transform_input::<V, TILE, SEEN, 0>(rows, inputs, t, input),
+                    }
                 }
             }
-            let side = if op.pool { 2 } else { 4 };
-            let width = image.width / (4 / side);
+            let side = if op.pool { TILE / 2 } else { TILE };
+            let width = image.width / (TILE / side);
             // Of the next run that this thread may well have: of this row, or the first of one that no other thread has yet.
             let (next, after) = if first + n < tiles { (first + n, row) } else { (0, row + rayon::current_num_threads()) };
-            for (g, planes) in op.packed.groups.iter().enumerate() {
-                let (channels, last) = (planes.outputs, g + 1 == op.packed.groups.len());
-                let panels = planes.panels() / PLANES;
+            for (g, planes) in groups.iter().enumerate() {
+                let (channels, last) = (planes.outputs, g + 1 == groups.len());
+                let panels = planes.panels() / count;
                 for at in 0..planes.panels() {
                     let p = at / panels;
                     if V::LANES < UNIT {
                         // While there is much to do with little of it, memory is asked for what comes next: the pixels of the next run,
-                        let (y, x) = ((4 * after + p / 6).wrapping_sub(1), 4 * next);
+                        let (y, x) = ((TILE * after + p / SEEN).wrapping_sub(1), TILE * next);
                         if last && op.before.is_none() && x < image.width && y < image.height {
-                            let part = (at % (6 * panels), 6 * panels);
-                            ask::<V>(image.at(y, x).as_ptr(), (inputs, inputs), (4 * RUN).min(image.width - x), part);
+                            let part = (at % (SEEN * panels), SEEN * panels);
+                            ask::<V>(image.at(y, x).as_ptr(), (inputs, inputs), (TILE * run).min(image.width - x), part);
                         }
                         // and those that this one's output is written to.
-                        let parts = planes.panels() / side;
+                        let parts = planes.panels().div_ceil(side);
                         let to = (at / parts * width + side * first) * op.packed.outputs + g * GROUP * UNIT;
                         let across = (side * n).min(width.saturating_sub(side * first));
                         ask::<V>(out.as_ptr().wrapping_add(to), (op.packed.outputs, channels), across, (at % parts, parts));
                     }
-                    let x = Pixels::new(&input[p * pitch(inputs)..][..RUN * inputs], inputs);
-                    panel::<V>(planes, at, n, x, None, Activation::None, &mut product[p * pitch(channels)..][..n * channels]);
+                    let x = Pixels::new(&input[p * pitch(TILE, inputs)..][..run * inputs], inputs);
+                    let y = &mut product[p * pitch(TILE, channels)..][..n * channels];
+                    panel::<V>(planes, at, n, x, None, Activation::None, y);
                 }
                 for t in 0..n {
                     let place = Place { tile: first + t, t, width, first: g * GROUP * UNIT, channels };
                     match (channels == GROUP * UNIT, op.pool) {
-                        (true, true) => transform_output::<V, { GROUP * UNIT }, true>(op, place, product, out),
-                        (true, false) => transform_output::<V, { GROUP * UNIT }, false>(op, place, product, out),
-                        (false, true) => transform_output::<V, 0, true>(op, place, product, out),
-                        (false, false) => transform_output::<V, 0, false>(op, place, product, out),
+                        (true, true) => transform_output::<V, TILE, SEEN, { GROUP * UNIT }, true>(op, place, product, out),
+                        (true, false) => transform_output::<V, TILE, SEEN, { GROUP * UNIT }, false>(op, place, product, out),
+                        (false, true) => transform_output::<V, TILE, SEEN, 0, true>(op, place, product, out),
+                        (false, false) => transform_output::<V, TILE, SEEN, 0, false>(op, place, product, out),
                     }
                 }
             }
@@ -345,7 +402,7 @@ unsafe fn tile_row<V: Vector>(op: &Op, image: Image, row: usize, scratch: &mut S
 ///
 /// The processor has the instruction set of `V`, for which `packed` was packed.
 #[inline(always)]
-unsafe fn before_run<'a, V: Vector>(
+unsafe fn before_run<'a, V: Vector, const TILE: usize>(
     packed: &Packed,
     plane: Image,
     (y, x, across): (usize, usize, usize),
@@ -353,7 +410,7 @@ unsafe fn before_run<'a, V: Vector>(
     window: &'a mut [f32],
 ) -> Image<'a> {
     let (top, left) = (y.saturating_sub(1), x.saturating_sub(1));
-    let (bottom, right) = ((y + 5).min(plane.height), (x + across + 1).min(plane.width));
+    let (bottom, right) = ((y + TILE + 1).min(plane.height), (x + across + 1).min(plane.width));
     let (channels, pitch) = (packed.outputs, right - left);
     // What of the plane is seen, with zeros around it.
     let row = pitch + 2;
@@ -402,21 +459,35 @@ unsafe fn minus<V: Vector>(a: V, b: V) -> V {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn forwards<V: Vector>(d: [V; 6]) -> [V; 6] {
+unsafe fn forwards<V: Vector, const SEEN: usize>(d: [V; SEEN]) -> [V; SEEN] {
+    let mut out = d;
+    // Of each pair of points, what their rows have alike, and what of opposite sign.
+    //
     // SAFETY: the caller's promise.
     unsafe {
-        let (four, five) = (V::splat(4.0), V::splat(-5.0));
-        let (a, b) = (d[2].fma(V::splat(-4.0), d[4]), d[1].fma(V::splat(-4.0), d[3]));
-        let (c, e) = (minus(d[4], d[2]), minus(d[3], d[1]));
-        [
-            d[0].fma(four, d[2].fma(five, d[4])),
-            a.add(b),
-            minus(a, b),
-            e.fma(V::splat(2.0), c),
-            e.fma(V::splat(-2.0), c),
-            d[1].fma(four, d[3].fma(five, d[5])),
-        ]
+        if SEEN == 6 {
+            let (four, five) = (V::splat(4.0), V::splat(-5.0));
+            let (a, b) = (d[2].fma(V::splat(-4.0), d[4]), d[1].fma(V::splat(-4.0), d[3]));
+            let (c, e) = (minus(d[4], d[2]), minus(d[3], d[1]));
+            out[0] = d[0].fma(four, d[2].fma(five, d[4]));
+            (out[1], out[2]) = (a.add(b), minus(a, b));
+            (out[3], out[4]) = (e.fma(V::splat(2.0), c), e.fma(V::splat(-2.0), c));
+            out[5] = d[1].fma(four, d[3].fma(five, d[5]));
+        } else {
+            let (half, less) = (V::splat(0.5), V::splat(-2.5));
+            let (a, b) = (d[4].fma(V::splat(-4.25), d[2].add(d[6])), d[3].fma(V::splat(-4.25), d[1].add(d[5])));
+            let c = d[4].fma(V::splat(-1.25), d[2].fma(V::splat(0.25), d[6]));
+            let e = d[3].fma(less, d[1].fma(half, d[5].add(d[5])));
+            let f = d[4].fma(V::splat(-5.0), d[2].fma(V::splat(4.0), d[6]));
+            let g = d[3].fma(less, d[5].fma(half, d[1].add(d[1])));
+            out[0] = minus(d[4], d[2]).fma(V::splat(5.25), minus(d[0], d[6]));
+            (out[1], out[2]) = (a.add(b), minus(a, b));
+            (out[3], out[4]) = (c.add(e), minus(c, e));
+            (out[5], out[6]) = (f.add(g), minus(f, g));
+            out[7] = minus(d[3], d[5]).fma(V::splat(5.25), minus(d[7], d[1]));
+        }
     }
+    out
 }
 
 /// `A^T m`.
@@ -425,12 +496,27 @@ unsafe fn forwards<V: Vector>(d: [V; 6]) -> [V; 6] {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn backwards<V: Vector>(m: [V; 6]) -> [V; 4] {
+unsafe fn backwards<V: Vector, const TILE: usize, const SEEN: usize>(m: [V; SEEN]) -> [V; TILE] {
     // SAFETY: the caller's promise.
     unsafe {
+        let mut out = [V::splat(0.0); TILE];
         let (a, b) = (m[1].add(m[2]), minus(m[1], m[2]));
         let (c, d) = (m[3].add(m[4]), minus(m[3], m[4]));
-        [m[0].add(a).add(c), d.fma(V::splat(2.0), b), c.fma(V::splat(4.0), a), d.fma(V::splat(8.0), b).add(m[5])]
+        if TILE == 4 {
+            out[0] = m[0].add(a).add(c);
+            out[1] = d.fma(V::splat(2.0), b);
+            out[2] = c.fma(V::splat(4.0), a);
+            out[3] = d.fma(V::splat(8.0), b).add(m[5]);
+        } else {
+            let (e, f) = (m[5].add(m[6]), minus(m[5], m[6]));
+            out[0] = e.fma(V::splat(32.0), m[0].add(a).add(c));
+            out[1] = f.fma(V::splat(16.0), d.fma(V::splat(2.0), b));
+            out[2] = e.fma(V::splat(8.0), c.fma(V::splat(4.0), a));
+            out[3] = f.fma(V::splat(4.0), d.fma(V::splat(8.0), b));
+            out[4] = e.fma(V::splat(2.0), c.fma(V::splat(16.0), a));
+            out[5] = d.fma(V::splat(32.0), m[7].add(b).add(f));
+        }
+        out
     }
 }
 
@@ -449,17 +535,17 @@ unsafe fn ask<V: Vector>(first: *const f32, (stride, channels): (usize, usize), 
     }
 }
 
-/// The 6x6 pixels around the tile whose output begins at `y`, `x`: six rows of six pixels, zeros outside the image.
+/// The pixels that the tile sees whose output begins at `y`, `x`: `SEEN` rows of as many, zeros outside the image.
 #[inline(always)]
-fn neighbourhood<'a>(image: Image<'a>, y: usize, x: usize, zeros: &'a [f32], edge: &'a mut [f32]) -> [&'a [f32]; 6] {
-    let row = 6 * image.channels;
+fn neighbourhood<'a, const SEEN: usize>(image: Image<'a>, y: usize, x: usize, zeros: &'a [f32], edge: &'a mut [f32]) -> [&'a [f32]; SEEN] {
+    let row = SEEN * image.channels;
     let zeros = &zeros[..row];
     let line = |k: usize| Some((y + k).wrapping_sub(1)).filter(|sy| *sy < image.height);
-    if x > 0 && x + 5 <= image.width {
+    if x > 0 && x + SEEN <= image.width + 1 {
         return std::array::from_fn(|k| line(k).map_or(zeros, |sy| &image.at(sy, x - 1)[..row]));
     }
-    let (from, to) = (x.saturating_sub(1), (x + 5).min(image.width));
-    for (k, edge) in edge.chunks_exact_mut(row).take(6).enumerate() {
+    let (from, to) = (x.saturating_sub(1), (x + SEEN - 1).min(image.width));
+    for (k, edge) in edge.chunks_exact_mut(row).take(SEEN).enumerate() {
         edge.fill(0.0);
         if let Some(sy) = line(k) {
             let inside = (to - from) * image.channels;
@@ -469,6 +555,18 @@ fn neighbourhood<'a>(image: Image<'a>, y: usize, x: usize, zeros: &'a [f32], edg
     std::array::from_fn(|k| &edge[k * row..][..row])
 }
 
+/// Value `i` of each column.
+#[inline(always)]
+fn across<V: Vector, const N: usize, const SEEN: usize>(columns: &[[V; N]; SEEN], i: usize) -> [V; SEEN] {
+    let mut row = [columns[0][i]; SEEN];
+    unrolled!(J in 1 2 3 4 5 6 7 {
+        if J < SEEN {
+            row[J] = columns[J][i];
+        }
+    });
+    row
+}
+
 /// `B^T d B` of a tile's neighbourhood, as tile `t` of the run. `CHANNELS` are `inputs`, or 0: where they are known, no address is
 /// looked up.
 ///
@@ -476,41 +574,55 @@ fn neighbourhood<'a>(image: Image<'a>, y: usize, x: usize, zeros: &'a [f32], edg
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn transform_input<V: Vector, const CHANNELS: usize>(rows: [&[f32]; 6], inputs: usize, t: usize, out: &mut [f32]) {
+unsafe fn transform_input<V: Vector, const TILE: usize, const SEEN: usize, const CHANNELS: usize>(
+    rows: [&[f32]; SEEN],
+    inputs: usize,
+    t: usize,
+    out: &mut [f32],
+) {
+    // Pixels from what is loaded to what is asked for: maps of large images come from memory.
+    let ahead = 2 * TILE;
     let inputs = if CHANNELS > 0 { CHANNELS } else { inputs };
-    assert!(rows.iter().all(|r| r.len() >= 6 * inputs), "conv3x3: input");
-    assert!(inputs.is_multiple_of(V::LANES) && t < RUN && out.len() >= PLANES * pitch(inputs), "conv3x3: scratch");
+    let plane = pitch(TILE, inputs);
+    assert!(rows.iter().all(|r| r.len() >= SEEN * inputs), "conv3x3: input");
+    assert!(inputs.is_multiple_of(V::LANES) && t < run_of(TILE) && out.len() >= SEEN * SEEN * plane, "conv3x3: scratch");
     let rows = rows.map(<[f32]>::as_ptr);
     for c in (0..inputs).step_by(V::LANES) {
         // The pixels of the tile after the next; one that is not there costs nothing.
         if c.is_multiple_of(UNIT) {
             for row in rows {
-                for pixel in 2..6 {
+                for pixel in 2..SEEN {
                     // SAFETY: nothing is read.
-                    unsafe { V::prefetch(row.wrapping_add((pixel + AHEAD) * inputs + c)) };
+                    unsafe { V::prefetch(row.wrapping_add((pixel + ahead) * inputs + c)) };
                 }
             }
         }
-        // SAFETY: six pixels of `inputs` values, a multiple of the lanes, are in each row; the planes of tile `t` are
+        // SAFETY: `SEEN` pixels of `inputs` values, a multiple of the lanes, are in each row; the planes of tile `t` are
         // within `out` by the assertion.
         unsafe {
-            let mut columns = [[V::splat(0.0); 6]; 6];
+            let mut columns = [[V::splat(0.0); SEEN]; SEEN];
             // Numbers that the compiler knows: a loop that it does not unroll keeps the columns in memory.
-            unrolled!(J in 0 1 2 3 4 5 {
-                let at = J * inputs + c;
-                columns[J] = forwards(rows.map(|row| V::load(row.add(at))));
+            unrolled!(J in 0 1 2 3 4 5 6 7 {
+                if J < SEEN {
+                    let mut column = [V::splat(0.0); SEEN];
+                    unrolled!(I in 0 1 2 3 4 5 6 7 {
+                        if I < SEEN {
+                            column[I] = V::load(rows[I].add(J * inputs + c));
+                        }
+                    });
+                    columns[J] = forwards(column);
+                }
             });
             let to = out.as_mut_ptr().add(t * inputs + c);
-            let plane = pitch(inputs);
-            unrolled!(I in 0 1 2 3 4 5 {
-                let [a, b, d, e, f, g] =
-                    forwards([columns[0][I], columns[1][I], columns[2][I], columns[3][I], columns[4][I], columns[5][I]]);
-                a.store(to.add((6 * I) * plane));
-                b.store(to.add((6 * I + 1) * plane));
-                d.store(to.add((6 * I + 2) * plane));
-                e.store(to.add((6 * I + 3) * plane));
-                f.store(to.add((6 * I + 4) * plane));
-                g.store(to.add((6 * I + 5) * plane));
+            unrolled!(I in 0 1 2 3 4 5 6 7 {
+                if I < SEEN {
+                    let row = forwards(across(&columns, I));
+                    unrolled!(J in 0 1 2 3 4 5 6 7 {
+                        if J < SEEN {
+                            row[J].store(to.add((SEEN * I + J) * plane));
+                        }
+                    });
+                }
             });
         }
     }
@@ -538,91 +650,91 @@ struct Place {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn transform_output<V: Vector, const CHANNELS: usize, const POOL: bool>(
+unsafe fn transform_output<V: Vector, const TILE: usize, const SEEN: usize, const CHANNELS: usize, const POOL: bool>(
     op: &Op,
     Place { tile, t, width, first, channels }: Place,
     product: &[f32],
     out: &mut [f32],
 ) {
     let channels = if CHANNELS > 0 { CHANNELS } else { channels };
-    let outputs = op.packed.outputs;
-    let side = if POOL { 2 } else { 4 };
+    let (outputs, plane) = (op.packed.outputs, pitch(TILE, channels));
+    let side = if POOL { TILE / 2 } else { TILE };
     // What of the tile is inside, in pixels of the output.
     let rows = (out.len() / (width * outputs).max(1)).min(side);
     let x = side * tile;
-    let across = width.saturating_sub(x).min(side);
-    assert!(t < RUN && product.len() >= PLANES * pitch(channels) && op.packed.bias.len() >= first + channels, "conv3x3: product");
-    if rows == 0 || across == 0 {
+    let inside = width.saturating_sub(x).min(side);
+    assert!(t < run_of(TILE) && product.len() >= SEEN * SEEN * plane, "conv3x3: product");
+    assert!(op.packed.bias.len() >= first + channels, "conv3x3: bias");
+    if rows == 0 || inside == 0 {
         return;
     }
     // Up to the last pixel's last channel.
-    let out = &mut out[x * outputs..][..((rows - 1) * width + across) * outputs];
+    let out = &mut out[x * outputs..][..((rows - 1) * width + inside) * outputs];
     for c in (0..channels).step_by(V::LANES) {
         let left = outputs.saturating_sub(first + c).min(V::LANES);
         if left == 0 {
             break;
         }
-        // SAFETY: the planes of tile `t` are within `product` and the biases are there by the assertion; stores of whole
+        // SAFETY: the planes of tile `t` are within `product` and the biases are there by the assertions; stores of whole
         // vectors are made where the output has so many channels left, others go through an array.
         unsafe {
             let bias = V::load(op.packed.bias.as_ptr().add(first + c));
-            let mut columns = [[V::splat(0.0); 4]; 6];
+            let mut columns = [[V::splat(0.0); TILE]; SEEN];
             let from = product.as_ptr().add(t * channels + c);
-            let plane = pitch(channels);
-            unrolled!(J in 0 1 2 3 4 5 {
-                columns[J] = backwards([
-                    V::load(from.add(J * plane)),
-                    V::load(from.add((6 + J) * plane)),
-                    V::load(from.add((12 + J) * plane)),
-                    V::load(from.add((18 + J) * plane)),
-                    V::load(from.add((24 + J) * plane)),
-                    V::load(from.add((30 + J) * plane)),
-                ]);
-            });
-            let mut tile = [[V::splat(0.0); 4]; 4];
-            unrolled!(I in 0 1 2 3 {
-                let [a, b, d, e] =
-                    backwards([columns[0][I], columns[1][I], columns[2][I], columns[3][I], columns[4][I], columns[5][I]]);
-                tile[I] = [
-                    activate(a.add(bias), op.activation),
-                    activate(b.add(bias), op.activation),
-                    activate(d.add(bias), op.activation),
-                    activate(e.add(bias), op.activation),
-                ];
-            });
-            if POOL {
-                unrolled!(I in 0 1 {
-                    unrolled!(J in 0 1 {
-                        let top = tile[2 * I][2 * J].largest(tile[2 * I][2 * J + 1]);
-                        tile[I][J] = top.largest(tile[2 * I + 1][2 * J].largest(tile[2 * I + 1][2 * J + 1]));
+            unrolled!(J in 0 1 2 3 4 5 6 7 {
+                if J < SEEN {
+                    let mut column = [V::splat(0.0); SEEN];
+                    unrolled!(I in 0 1 2 3 4 5 6 7 {
+                        if I < SEEN {
+                            column[I] = V::load(from.add((SEEN * I + J) * plane));
+                        }
                     });
-                });
-            }
+                    columns[J] = backwards(column);
+                }
+            });
+            let whole = left == V::LANES && rows == side && inside == side;
             let to = out.as_mut_ptr().add(first + c);
-            if left == V::LANES && rows == side && across == side {
-                unrolled!(I in 0 1 2 3 {
-                    if I < side {
-                        unrolled!(J in 0 1 2 3 {
+            unrolled!(I in 0 1 2 3 4 5 {
+                if I < side {
+                    let mut line = [V::splat(0.0); TILE];
+                    if POOL {
+                        let top: [V; TILE] = backwards(across(&columns, 2 * I));
+                        let bottom: [V; TILE] = backwards(across(&columns, 2 * I + 1));
+                        // Adding the same to each and what follows keep the order, so that of the largest will do.
+                        unrolled!(J in 0 1 2 {
                             if J < side {
-                                tile[I][J].store(to.add((I * width + J) * outputs));
+                                let (l, r) = (top[2 * J].largest(bottom[2 * J]), top[2 * J + 1].largest(bottom[2 * J + 1]));
+                                line[J] = activate(l.largest(r).add(bias), op.activation);
+                            }
+                        });
+                    } else {
+                        line = backwards(across(&columns, I));
+                        unrolled!(J in 0 1 2 3 4 5 {
+                            if J < TILE {
+                                line[J] = activate(line[J].add(bias), op.activation);
                             }
                         });
                     }
-                });
-                continue;
-            }
-            for (i, line) in tile.into_iter().enumerate().take(rows) {
-                for (j, v) in line.into_iter().enumerate().take(across) {
-                    let to = &mut out[(i * width + j) * outputs + first + c..][..left];
-                    if left == V::LANES {
-                        v.store(to.as_mut_ptr());
-                    } else {
-                        let mut whole = [0f32; 16];
-                        v.store(whole.as_mut_ptr());
-                        to.copy_from_slice(&whole[..left]);
+                    if whole {
+                        unrolled!(J in 0 1 2 3 4 5 {
+                            if J < side {
+                                line[J].store(to.add((I * width + J) * outputs));
+                            }
+                        });
+                    } else if I < rows {
+                        for (j, v) in line.into_iter().enumerate().take(inside) {
+                            let to = &mut out[(I * width + j) * outputs + first + c..][..left];
+                            if left == V::LANES {
+                                v.store(to.as_mut_ptr());
+                            } else {
+                                let mut spilled = [0f32; 16];
+                                v.store(spilled.as_mut_ptr());
+                                to.copy_from_slice(&spilled[..left]);
+                            }
+                        }
                     }
                 }
-            }
+            });
         }
     }
 }
@@ -633,6 +745,11 @@ mod tests {
     use crate::model::kernels::noise;
     use candle_core::Device;
     use proptest::prelude::*;
+
+    /// Each instruction set, with tiles of 4x4 and with tiles of 6x6.
+    fn kernels() -> impl Iterator<Item = (Isa, usize)> {
+        Isa::available().into_iter().flat_map(|isa| [(isa, usize::MAX), (isa, 1)])
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
@@ -652,15 +769,15 @@ mod tests {
             if pool && h > 1 && w > 1 {
                 want = want.max_pool2d(2).unwrap();
             }
-            for isa in Isa::available() {
-                let got = Conv3x3::on(&k, &b, isa).unwrap().forward(&x, Activation::Relu, pool).unwrap();
+            for (isa, wide) in kernels() {
+                let got = Conv3x3::on(&k, &b, isa, wide).unwrap().forward(&x, Activation::Relu, pool).unwrap();
                 if pool && (h == 1 || w == 1) {
                     prop_assert_eq!(got.elem_count(), 0);
                     continue;
                 }
                 prop_assert_eq!(got.dims(), want.dims());
                 let worst = (got - &want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                prop_assert!(worst < 1e-4 * (i as f32).sqrt(), "{isa:?}: {worst}");
+                prop_assert!(worst < 1e-4 * (i as f32).sqrt(), "{isa:?}, {wide}: {worst}");
             }
         }
     }
@@ -673,14 +790,14 @@ mod tests {
             let (x, k1, b1) = (noise(seed, &[1, 1, h, w]), noise(seed + 1, &[32, 1, 3, 3]), noise(seed + 2, &[32]));
             let (k2, b2) = (noise(seed + 3, &[o, 32, 3, 3]), noise(seed + 4, &[o]));
             let middle = x.conv2d(&k1, 1, 1, 1, 1).unwrap().broadcast_add(&b1.reshape((1, 32, 1, 1)).unwrap()).unwrap().relu().unwrap();
-            for isa in Isa::available() {
-                let second = Conv3x3::on(&k2, &b2, isa).unwrap();
+            for (isa, wide) in kernels() {
+                let second = Conv3x3::on(&k2, &b2, isa, wide).unwrap();
                 let want = second.forward(&middle, Activation::Relu, pool).unwrap();
                 let got = second.after(&k1, &b1).unwrap().forward(&x, Activation::Relu, pool).unwrap();
                 prop_assert_eq!(got.dims(), want.dims());
                 if want.elem_count() > 0 {
                     let worst = (got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    prop_assert!(worst < 1e-3, "{isa:?}: {worst}");
+                    prop_assert!(worst < 1e-3, "{isa:?}, {wide}: {worst}");
                 }
             }
         }
@@ -693,8 +810,10 @@ mod tests {
         let got = Conv3x3::new(&k, &b).unwrap().forward(&x, Activation::None, false).unwrap();
         assert!((got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-4);
         let bad = Tensor::full(f32::NAN, (1, 16, 8, 8), &Device::Cpu).unwrap();
-        let out = Conv3x3::new(&k, &b).unwrap().forward(&bad, Activation::Relu, true).unwrap();
-        assert!(out.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_nan()));
+        for (isa, wide) in kernels() {
+            let out = Conv3x3::on(&k, &b, isa, wide).unwrap().forward(&bad, Activation::Relu, true).unwrap();
+            assert!(out.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_nan()), "{isa:?}, {wide}");
+        }
         let e = Conv3x3::new(&k, &noise(1, &[2])).unwrap_err().to_string();
         assert!(e.contains("[3, 16, 3, 3]") && e.contains("2 biases"), "{e}");
         assert!(Conv3x3::new(&k, &b).unwrap().forward(&noise(1, &[1, 5, 8, 8]), Activation::None, false).is_err());
