@@ -119,7 +119,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         say(vec![matching(&args)?]);
     }
     if asked("verification") {
-        say(vec![verification(&args)?]);
+        say(vec![verification(&args, true)?, verification(&args, false)?]);
     }
     if asked("search") {
         for n in &args.places {
@@ -638,18 +638,20 @@ fn superpoint(args: &Args, runtime: Runtime) -> Result<Row> {
     Ok(row(format!("SuperPoint VGG {h}x{w} f32"), ours, theirs.map(|t| (peers_name, t)), check))
 }
 
-/// Features whose descriptors are noise, half of them shared by both images.
-fn random_features(seed: usize, n: usize, dim: usize) -> Result<Features> {
-    let shared = noise(1, n / 2 * dim).zip(noise(seed + 50, n / 2 * dim)).map(|(a, b)| a + 0.3 * b);
-    let values = shared.chain(noise(seed, (n - n / 2) * dim)).collect();
-    let at: Vec<f32> = noise(3, 2 * n).collect();
-    let points = at.chunks_exact(2).map(|p| [320.0 + 310.0 * p[0] + 4.0 * seed as f32, 240.0 + 230.0 * p[1]]).collect();
+/// Features whose descriptors are noise, the first `shared` of them those of any other `image`, seen from further to the side: what
+/// is near has moved more.
+fn random_features(image: usize, n: usize, dim: usize, shared: usize) -> Result<Features> {
+    let same = noise(1, shared * dim).zip(noise(50 + image, shared * dim)).map(|(a, b)| a + 0.3 * b);
+    let values = same.chain(noise(100 + image, (n - shared) * dim)).collect();
+    let (at, near) = (noise(3, 2 * n).collect::<Vec<_>>(), noise(4, n));
+    let moved = |(p, near): (&[f32], f32)| [300.0 + 280.0 * p[0] + image as f32 * (12.0 + 8.0 * near), 240.0 + 230.0 * p[1]];
+    let points = at.chunks_exact(2).zip(near).map(moved).collect();
     Ok(Features::new(640, 480, points, vec![1.0; n], dim, values)?)
 }
 
 fn matching(args: &Args) -> Result<Row> {
     let (n, dim) = (1000, 256);
-    let (query, reference) = (random_features(1, n, dim)?, random_features(2, n, dim)?);
+    let (query, reference) = (random_features(1, n, dim, n / 2)?, random_features(2, n, dim, n / 2)?);
     let dir = tempfile::tempdir()?;
     let peer = if args.peers {
         for (name, f) in [("query.npy", &query), ("reference.npy", &reference)] {
@@ -682,23 +684,28 @@ fn matching(args: &Args) -> Result<Row> {
     Ok(row(format!("matching {n} x {n} x {dim}"), ours, theirs.map(|t| ("BFMatcher crossCheck", t)), check))
 }
 
-/// One pair as a keyframe's candidate costs it: unpacking, matching, robust estimation.
-fn verification(args: &Args) -> Result<Row> {
+/// One pair as a keyframe's candidate costs it: unpacking, matching, robust estimation. `agrees`: half of the points are of one
+/// scene; else none, and the estimation goes on to its last iteration.
+fn verification(args: &Args, agrees: bool) -> Result<Row> {
     let (n, dim) = (800, 256);
-    let (query, packed) = (random_features(1, n, dim)?, CompactFeatures::new(&random_features(2, n, dim)?));
-    let mut inliers = 0;
+    let shared = if agrees { n / 2 } else { 0 };
+    let (query, packed) = (random_features(1, n, dim, shared)?, CompactFeatures::new(&random_features(2, n, dim, shared)?));
+    let (mut tried, mut evidence) = (0, f64::NEG_INFINITY);
     let (ours, _) = rounds(
         args.rounds,
         || {
             let reference = packed.unpack()?;
             let matches = mutual_matches(&query, &reference, 1.0)?;
             let found = verify(&View::of(&query), &View::of(&reference), &matches, &VerifyConfig::default())?;
-            inliers = found.map_or(0, |v| v.inliers.len());
+            (tried, evidence) = (matches.len(), found.map_or(f64::NEG_INFINITY, |v| v.evidence));
             Ok(())
         },
         None,
     )?;
-    Ok(row(format!("verification of a pair, {n} keypoints"), ours, None, Some(format!("{inliers} inliers"))))
+    // Not the time of something else.
+    ensure!(agrees == (evidence > 3.0), "of {tried} matches an evidence of {evidence}, where agreement is {agrees}");
+    let which = if agrees { "that agrees" } else { "that does not" };
+    Ok(row(format!("verification of a pair {which}, {n} keypoints"), ours, None, Some(format!("{tried} matches"))))
 }
 
 struct Peer {
