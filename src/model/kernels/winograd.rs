@@ -279,7 +279,7 @@ struct Scratch {
     zeros: Vec<f32>,
     /// The neighbourhood of a tile at the image's edge.
     edge: Vec<f32>,
-    /// What the convolution before gives for a run, and what that sees.
+    /// What the convolution before gives for a part of a run, and what that sees.
     window: Aligned<f32>,
     seen: Vec<f32>,
 }
@@ -288,7 +288,7 @@ impl Scratch {
     fn fit(&mut self, op: &Op, tile: usize) {
         let (inputs, seen) = (op.packed.inputs, tile + 2);
         if op.before.is_some() {
-            // Pixels of a run's input along a row.
+            // Pixels of a part's input along a row.
             let across = tile * PART + 2;
             self.window.fit(seen * across * inputs);
             self.seen.resize((seen + 2) * (across + 2), 0.0);
@@ -700,7 +700,7 @@ unsafe fn transform_output<V: Vector, const TILE: usize, const SEEN: usize, cons
                     if POOL {
                         let top: [V; TILE] = backwards(across(&columns, 2 * I));
                         let bottom: [V; TILE] = backwards(across(&columns, 2 * I + 1));
-                        // Adding the same to each and what follows keep the order, so that of the largest will do.
+                        // Bias and activation keep the order, so the largest is found first.
                         unrolled!(J in 0 1 2 {
                             if J < side {
                                 let (l, r) = (top[2 * J].largest(bottom[2 * J]), top[2 * J + 1].largest(bottom[2 * J + 1]));
