@@ -42,6 +42,17 @@ pub struct Features {
     depths: Vec<f32>,
 }
 
+/// Dot product of two rows of one length: lanes side by side, which the compiler makes vectors of.
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a * b);
+    }
+    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+}
+
 impl Features {
     /// From points (x, y in pixels of an image of `width` x `height`), their scores, and one descriptor row of
     /// `dim` values each, which is scaled to unit length.
@@ -57,7 +68,7 @@ impl Features {
             return bad(format!("a point at {p:?}"));
         }
         for (i, row) in descriptors.chunks_exact_mut(dim).enumerate() {
-            let norm = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+            let norm = dot(row, row).sqrt();
             if !norm.is_finite() || norm < 1e-12 {
                 return bad(format!("the descriptor of point {i} has length {norm}"));
             }
@@ -115,6 +126,11 @@ impl Features {
     /// Row-major, one unit vector per point.
     pub fn descriptors(&self) -> &[f32] {
         &self.descriptors
+    }
+
+    /// The unit vector of one point, which there is.
+    pub(crate) fn descriptor(&self, point: usize) -> &[f32] {
+        &self.descriptors[point * self.dim..][..self.dim]
     }
 }
 

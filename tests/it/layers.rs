@@ -79,6 +79,7 @@ fn unsafe_lives_in_kernels_only() {
             "map/codes.rs",
             "map/dot.rs",
             "kernels/int8.rs",
+            "kernels/nearest.rs",
             "kernels/winograd.rs",
             "kernels/vector.rs",
             "kernels/pointwise.rs",

@@ -10,6 +10,7 @@ mod direct;
 #[cfg(any(test, feature = "cuda"))]
 pub(super) mod gpu;
 mod int8;
+mod nearest;
 mod plan;
 mod pointwise;
 mod powers;
@@ -21,8 +22,8 @@ mod winograd;
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
+pub use nearest::{nearest, Nearest};
 pub use plan::{Plan, PlanBlock};
-pub use pointwise::Products;
 pub use rounding::{rounded_values, Rounded};
 pub use winograd::Conv3x3;
 

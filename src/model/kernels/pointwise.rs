@@ -69,10 +69,11 @@ impl Packed {
         let mut panels = Vec::new();
         for (m, weights) in matrices.iter().enumerate() {
             for p in of_one.iter().map(|p| Panel { weights: m * size + p.weights, ..*p }) {
-                for i in 0..inputs {
-                    for (j, to) in packed.values_mut()[p.weights + i * p.units * UNIT..][..p.units * UNIT].iter_mut().enumerate() {
-                        let o = p.unit * UNIT + j;
-                        *to = if o < bias.len() { weights[o * inputs + i] } else { 0.0 };
+                let (across, first) = (p.units * UNIT, p.unit * UNIT);
+                let to = &mut packed.values_mut()[p.weights..][..inputs * across];
+                for (j, from) in weights.chunks_exact(inputs).skip(first).take(across).enumerate() {
+                    for (value, to) in from.iter().zip(to[j..].iter_mut().step_by(across)) {
+                        *to = *value;
                     }
                 }
                 panels.push(p);
@@ -418,43 +419,18 @@ unsafe fn product_on<V: Vector>(packed: &Packed, activation: Activation, x: &[f3
     }
 }
 
-/// Vectors packed once, for the inner products of many others with all of them.
-#[derive(Debug)]
-pub struct Products {
-    packed: Packed,
-    isa: Isa,
-}
-
-impl Products {
-    /// From whole rows of `dim` values each.
-    ///
-    /// Panics: `dim` is 0.
-    pub fn new(rows: &[f32], dim: usize) -> Self {
-        Self::on(rows, dim, Isa::detect())
-    }
-
-    fn on(rows: &[f32], dim: usize, isa: Isa) -> Self {
-        Self { packed: Packed::new(rows, &vec![0.0; rows.len() / dim], dim, isa), isa }
-    }
-
-    /// Values from one row of the products to the next: the number of vectors, rounded up to whole units, which are zero.
-    pub fn stride(&self) -> usize {
-        self.packed.outputs
-    }
-
-    /// The products of every row of `x` (whole rows of `dim` values) with every vector.
-    pub fn with(&self, x: &[f32]) -> Vec<f32> {
-        let n = x.len() / self.packed.inputs;
-        let mut out = crate::simd::zeroed(n * self.packed.outputs);
-        product(&self.packed, self.isa, Activation::None, x, n, &mut out);
-        out
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// The products of every row of `x` with every row of `w`, and how many values lie between one row of products and the next.
+    fn products(x: &[f32], w: &[f32], dim: usize, isa: Isa) -> (Vec<f32>, usize) {
+        let packed = Packed::new(w, &vec![0.0; w.len() / dim], dim, isa);
+        let mut out = vec![0.0; x.len() / dim * packed.outputs];
+        product(&packed, isa, Activation::None, x, x.len() / dim, &mut out);
+        (out, packed.outputs)
+    }
 
     proptest! {
         #[test]
@@ -462,8 +438,7 @@ mod tests {
             let of = |seed: u64, n: usize| (0..n as u64).map(|i| crate::test_noise(seed, i)).collect::<Vec<_>>();
             let (x, w) = (of(seed, n * dim), of(!seed, m * dim));
             for isa in Isa::available() {
-                let all = Products::on(&w, dim, isa);
-                let (got, stride) = (all.with(&x), all.stride());
+                let (got, stride) = products(&x, &w, dim, isa);
                 prop_assert_eq!(got.len(), n * stride);
                 for (i, row) in got.chunks_exact(stride).enumerate() {
                     for (j, v) in row.iter().enumerate() {
@@ -479,10 +454,9 @@ mod tests {
     #[test]
     fn nan_and_infinity_are_not_hidden() {
         for isa in Isa::available() {
-            let all = Products::on(&[1.0, 2.0, 0.0, 1.0, f32::INFINITY, 1.0], 2, isa);
-            let got = all.with(&[f32::NAN, 1.0, 1.0, 1.0]);
+            let (got, stride) = products(&[f32::NAN, 1.0, 1.0, 1.0], &[1.0, 2.0, 0.0, 1.0, f32::INFINITY, 1.0], 2, isa);
             assert!(got[..3].iter().all(|v| v.is_nan()), "{isa:?}");
-            assert_eq!(got[all.stride()..][..3], [3.0, 1.0, f32::INFINITY], "{isa:?}");
+            assert_eq!(got[stride..][..3], [3.0, 1.0, f32::INFINITY], "{isa:?}");
         }
     }
 }
