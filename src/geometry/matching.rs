@@ -80,7 +80,7 @@ fn distance(dot: f32) -> f32 {
 /// Mutual nearest neighbours, in order of the query's points; what is nearest is found in fixed point of 16 bits. With `max_ratio` below 1
 /// the distance must be below that share of the distance to the second nearest (Lowe, IJCV 2004).
 ///
-/// Errors: descriptors of different dimensions.
+/// Errors: descriptors of different dimensions, or not of unit length, which [`Features`] are.
 pub fn mutual_matches(query: &Features, reference: &Features, max_ratio: f32) -> Result<Vec<Match>> {
     if query.is_empty() || reference.is_empty() {
         return Ok(Vec::new());
