@@ -211,11 +211,22 @@ struct Kernel {
 
 fn kernel(isa: Isa) -> Kernel {
     match isa.min(Isa::detect()) {
-        // AVX-512 has AVX2, too; twice the lanes are not known to pay.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 if std::arch::is_x86_feature_detected!("avx512vnni") => {
+            Kernel { step: <std::arch::x86_64::__m512i as Sums>::STEP, block: block_vnni }
+        }
+        // AVX-512 has AVX2, too.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx2 => Kernel { step: <std::arch::x86_64::__m256i as Sums>::STEP, block: block_avx2 },
         _ => Kernel { step: <[i32; 4] as Sums>::STEP, block: block_on::<[i32; 4], 2, 4> },
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni,avx2")]
+unsafe fn block_vnni(block: Block, panels: &Panels) -> Option<Found> {
+    // SAFETY: the features of this function, and the caller's promise.
+    unsafe { block_on::<std::arch::x86_64::__m512i, 12, 1>(block, panels) }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -256,6 +267,59 @@ trait Sums: Copy {
 mod x86 {
     use super::Sums;
     use std::arch::x86_64::*;
+
+    /// Needs VNNI.
+    impl Sums for __m512i {
+        const LANES: usize = 16;
+        const STEP: usize = 2;
+        type Row = __m512i;
+        type Columns = __m512i;
+        #[inline(always)]
+        unsafe fn splat(value: i32) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_set1_epi32(value) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const i32) -> Self {
+            // SAFETY: the trait's contract: sixteen values are there.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut i32) {
+            // SAFETY: the trait's contract: sixteen values may be written.
+            unsafe { _mm512_storeu_si512(to.cast(), self) }
+        }
+        #[inline(always)]
+        unsafe fn row(from: *const i16) -> __m512i {
+            // SAFETY: the trait's contract: two values are there.
+            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+        }
+        #[inline(always)]
+        unsafe fn columns(from: *const i16) -> __m512i {
+            // SAFETY: the trait's contract: two values of sixteen lanes are there.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn add_products(self, row: __m512i, columns: __m512i) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_dpwssd_epi32(self, row, columns) }
+        }
+        #[inline(always)]
+        unsafe fn largest(self, other: Self) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_max_epi32(self, other) }
+        }
+        #[inline(always)]
+        unsafe fn smallest(self, other: Self) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_min_epi32(self, other) }
+        }
+        #[inline(always)]
+        unsafe fn where_above(self, other: Self, then: Self, otherwise: Self) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_mask_mov_epi32(otherwise, _mm512_cmpgt_epi32_mask(self, other), then) }
+        }
+    }
 
     impl Sums for __m256i {
         const LANES: usize = 8;
