@@ -271,6 +271,9 @@ impl Engine {
         let robot = u32::try_from(settings.map.robot_id).unwrap_or(u32::MAX);
         detector.set_robot(robot);
         detector.set_localization_only(settings.map.localization_only);
+        if model.precision() != precision {
+            notes.push(format!("model.compute: {precision}: this processor has no AMX; computing in {}", model.precision()));
+        }
         let verifier = Reranker::from_settings(&settings.verification)?;
         let verifies = verifier.is_some();
         let confidence = match settings.publish.calibration.as_str() {
@@ -313,7 +316,8 @@ impl Engine {
         })
     }
 
-    /// What the log should say of the start: a run before that did not end in order, a map that was migrated.
+    /// What the log should say of the start: a run before that did not end in order, a map that was migrated, a processor without what
+    /// was asked for.
     pub fn notes(&self) -> &[String] {
         &self.notes
     }

@@ -114,6 +114,7 @@ fn a_device_that_cannot_be_is_named() {
     assert!(said("gpu", "f32").contains("`model.device`: gpu is not allowed; allowed: cpu, or cuda:N"), "{}", said("gpu", "f32"));
     assert!(said("cpu", "f16").contains("model.device"), "{}", said("cpu", "f16"));
     assert!(said("cuda:0", "int8").contains("int8 is for the cpu"));
+    assert!(said("cuda:0", "bf16").contains("bf16 is for the cpu"));
     #[cfg(not(feature = "cuda"))]
     assert!(said("cuda:0", "f32").contains("built without CUDA"));
 }

@@ -44,6 +44,8 @@ pub enum Precision {
     F32,
     /// 16-bit floating point, sums in f32; computed in on CUDA only.
     F16,
+    /// bfloat16, sums in f32; the first block in f32. Computed in on processors with AMX only; elsewhere it is f32.
+    Bf16,
     /// 8-bit weights and values, exact sums: for processors with VNNI, and for AVX2.
     Int8,
 }
@@ -55,8 +57,9 @@ impl std::str::FromStr for Precision {
         match name {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
             "int8" => Ok(Self::Int8),
-            _ => Err("f32, f16 or int8".into()),
+            _ => Err("f32, f16, bf16 or int8".into()),
         }
     }
 }
@@ -66,6 +69,7 @@ impl std::fmt::Display for Precision {
         f.write_str(match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::Bf16 => "bf16",
             Self::Int8 => "int8",
         })
     }
@@ -109,9 +113,12 @@ impl Network {
         let refused = |reason: String| Err(Error::Device { reason });
         match (device, precision) {
             (ComputeDevice::Cpu, Precision::F16) => {
-                refused("the cpu computes in f32 or int8; f16 wants --device cuda:0 (model.device)".into())
+                refused("the cpu computes in f32, bf16 or int8; f16 wants --device cuda:0 (model.device)".into())
             }
-            (ComputeDevice::Cuda(n), Precision::Int8) => refused(format!("cuda:{n} computes in f32 or f16; int8 is for the cpu")),
+            (ComputeDevice::Cuda(n), Precision::Bf16 | Precision::Int8) => {
+                refused(format!("cuda:{n} computes in f32 or f16; {precision} is for the cpu"))
+            }
+            (ComputeDevice::Cpu, Precision::Bf16) => Ok(Self::Cpu(network.plan16()?)),
             (ComputeDevice::Cpu, _) => Ok(Self::Cpu(network.plan(int8.filter(|_| precision == Precision::Int8))?)),
             #[cfg(feature = "cuda")]
             (ComputeDevice::Cuda(n), _) => {

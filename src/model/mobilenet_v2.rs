@@ -6,7 +6,7 @@
 
 #[cfg(any(test, feature = "cuda"))]
 use super::kernels::gpu::{GpuPlan, Machine};
-use super::kernels::{bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock, Rounded};
+use super::kernels::{bf16, bias_act, depthwise3x3, Activation, Pad, Plan, PlanBlock, Rounded};
 use super::pooling::{l2_normalize, Pooling};
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -198,8 +198,35 @@ impl MobileNetV2 {
         self.folded(int8, Plan::new)
     }
 
-    /// The 1x1 convolutions rounded to 8 bits, fitted to what they see in `pictures`, 1 x 3 x H x W each.
-    pub fn rounded(&self, pictures: &[Tensor]) -> Result<RoundedNetwork> {
+    /// As [`Self::plan`], in bfloat16 behind the first block where the processor has AMX, elsewhere in f32. See [`Self::fitted16`].
+    pub fn plan16(&self) -> Result<Plan> {
+        self.folded(None, Plan::bf16)
+    }
+
+    /// The same network for [`Self::plan16`]: what rounding weights to bfloat16 does in the mean of `pictures`, 1 x 3 x H x W each, is
+    /// taken back with the biases. Where the processor has no AMX nothing is rounded, and nothing changes.
+    pub fn fitted16(&self, pictures: &[Tensor]) -> Result<Self> {
+        let mut net = self.clone();
+        if !Plan::has_bf16() {
+            return Ok(net);
+        }
+        let means = self.means(pictures)?;
+        for (at, block) in net.blocks.iter_mut().enumerate().skip(1) {
+            for (kind, conv) in [("expand", block.expand.as_mut()), ("project", Some(&mut block.project))] {
+                let Some(conv) = conv else { continue };
+                let means = means.get(&format!("blocks.{}.{kind}", at + 1)).map_or(&[][..], Vec::as_slice);
+                let mut bias = values(&conv.bias)?;
+                for (bias, row) in bias.iter_mut().zip(values(&conv.weight)?.chunks_exact(means.len().max(1))) {
+                    *bias += row.iter().zip(means).map(|(w, mean)| (w - bf16(*w)) * mean).sum::<f32>();
+                }
+                conv.bias = Tensor::from_vec(bias, conv.bias.shape(), conv.bias.device())?;
+            }
+        }
+        Ok(net)
+    }
+
+    /// The mean of every channel that each of the 1x1 convolutions sees in `pictures`, 1 x 3 x H x W each.
+    fn means(&self, pictures: &[Tensor]) -> Result<BTreeMap<String, Vec<f32>>> {
         let mut means = BTreeMap::<String, Vec<f32>>::new();
         for picture in pictures {
             self.taps_by(picture, &mut |name, x| {
@@ -211,6 +238,12 @@ impl MobileNetV2 {
         }
         // Coarse, so that processors whose sums differ in the last bits get the same network.
         means.values_mut().flatten().for_each(|v| *v = (*v * 1024.0).round() / 1024.0);
+        Ok(means)
+    }
+
+    /// The 1x1 convolutions rounded to 8 bits, fitted to what they see in `pictures`, 1 x 3 x H x W each.
+    pub fn rounded(&self, pictures: &[Tensor]) -> Result<RoundedNetwork> {
+        let means = self.means(pictures)?;
         let mut out = BTreeMap::new();
         for (at, block) in self.blocks.iter().enumerate() {
             for (kind, conv) in [("expand", block.expand.as_ref()), ("project", Some(&block.project))] {

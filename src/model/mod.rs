@@ -96,7 +96,11 @@ impl Model {
     pub fn on(mut self, device: ComputeDevice, precision: Precision) -> Result<Self> {
         if (device, precision) != (self.device, self.precision) {
             let int8 = if precision == Precision::Int8 { Some(self.rounded()?) } else { None };
-            self.network = Network::new(&network(&self.weights)?, device, precision, int8.as_deref())?;
+            let network = match precision {
+                Precision::Bf16 => network(&self.weights)?.fitted16(&self.pictures()?)?,
+                _ => network(&self.weights)?,
+            };
+            self.network = Network::new(&network, device, precision, int8.as_deref())?;
             (self.device, self.precision) = (device, precision);
         }
         Ok(self)
@@ -121,11 +125,15 @@ impl Model {
     ///
     /// Errors: Candle's.
     pub fn nearest(&self) -> Result<RoundedNetwork> {
-        let pictures = (0..PICTURES).map(|n| self.picture(n)).collect::<Result<Vec<_>>>()?;
-        Ok(network(&self.weights)?.rounded(&pictures)?)
+        Ok(network(&self.weights)?.rounded(&self.pictures()?)?)
     }
 
-    /// A picture that shows the network in 8 bits what its values are like, 1 x 3 x H x W.
+    /// Made pictures: what its layers see in them says what rounding does.
+    fn pictures(&self) -> Result<Vec<Tensor>> {
+        (0..PICTURES).map(|n| self.picture(n)).collect()
+    }
+
+    /// A picture that shows the network what its values are like, 1 x 3 x H x W.
     fn picture(&self, n: u64) -> Result<Tensor> {
         let image = leaves::picture(n, PICTURE)?;
         let (w, h) = (image.width() as usize, image.height() as usize);
@@ -175,9 +183,12 @@ impl Model {
         }
     }
 
-    /// What its network computes in.
+    /// What its network computes in: what was asked for, but f32 in place of bf16 where the processor has no AMX.
     pub fn precision(&self) -> Precision {
-        self.precision
+        match &self.network {
+            Network::Cpu(plan) if self.precision == Precision::Bf16 && !plan.is_bf16() => Precision::F32,
+            _ => self.precision,
+        }
     }
 
     /// Preprocessing, pooling and provenance.

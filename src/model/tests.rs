@@ -207,6 +207,28 @@ fn int8_describes_as_f32_does() {
     assert!(coarse.describe_tensor(&nan).unwrap_err().to_string().contains("not a number"));
 }
 
+/// In bfloat16 the same descriptor but for rounding, nearer than in 8 bits; where there is no AMX, to the last bit.
+#[test]
+fn bf16_describes_as_f32_does() {
+    let on = |p| Model::shipped().unwrap().on(ComputeDevice::Cpu, p).unwrap();
+    let (full, coarse, coarser) = (on(Precision::F32), on(Precision::Bf16), on(Precision::Int8));
+    assert_eq!((full.identity(), full.precision()), (coarse.identity(), Precision::F32));
+    let (mut off16, mut off8) = (0.0, 0.0);
+    for n in 0..4 {
+        let image = leaves::picture(700 + n, (320, 240)).unwrap();
+        let want = full.describe(&image).unwrap();
+        let off = |m: &Model| 1.0 - f64::from(crate::map::dot(want.as_slice(), m.describe(&image).unwrap().as_slice()));
+        off16 += off(&coarse);
+        off8 += off(&coarser);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        assert_eq!(pool.install(|| coarse.describe(&image)).unwrap().as_slice(), coarse.describe(&image).unwrap().as_slice());
+        if coarse.precision() == Precision::F32 {
+            assert_eq!(coarse.describe(&image).unwrap().as_slice(), want.as_slice());
+        }
+    }
+    assert!(off16 < 0.7 * off8, "{off16} {off8}");
+}
+
 /// What rounding does to weights is there in every pixel: most of it is taken back with the bias, in pictures that the network was not
 /// fitted to.
 #[test]
@@ -268,6 +290,7 @@ fn the_shipped_model_has_codes_fitted_to_it() {
 fn a_file_in_8_bits_is_what_int8_computes_with_and_half_as_large() {
     let mut weights = nudged().weights().clone();
     assert!(weights.to_bytes(Precision::Int8).unwrap_err().to_string().contains("have not been rounded"));
+    assert!(weights.to_bytes(Precision::Bf16).unwrap_err().to_string().contains("f32, f16 or int8"));
     let before = nudged().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
     weights.round(before.rounded().unwrap().into_owned()).unwrap();
     let bytes = weights.to_bytes(Precision::Int8).unwrap();

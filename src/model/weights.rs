@@ -226,9 +226,12 @@ impl Weights {
     /// Our safetensors, sorted by name: the same weights give the same bytes. `int8` is that of the 1x1 convolutions' weights, nine
     /// tenths of all; what else there is is f16 then.
     ///
-    /// Errors: 8 bits of weights that have none ([`Weights::round`]), or what the format's crate says.
+    /// Errors: bf16, which no file is in; 8 bits of weights that have none ([`Weights::round`]); or what the format's crate says.
     pub fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>> {
         self.spec.validate()?;
+        if precision == Precision::Bf16 {
+            return Err(Error::weights("weight files are in f32, f16 or int8; bf16 is only computed in"));
+        }
         let spec = serde_json::to_string(&self.spec).map_err(|e| Error::weights(e.to_string()))?;
         let mut tensors = self.tensors.clone();
         let (mut more, mut version) = (Vec::<Written>::new(), FORMAT);

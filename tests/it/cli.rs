@@ -3,6 +3,7 @@
 use crate::support::{fails, ok, picture, python, root, structvpr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use structvpr::model::{ComputeDevice, Model, Precision};
 
 /// Two drives past 60 places, one after the other in `run/`, and apart in `day/` and `dusk/`.
 fn drives(dir: &Path) -> PathBuf {
@@ -225,11 +226,18 @@ fn convert_writes_what_every_command_loads() {
         ok(&["describe", day.to_str().unwrap(), "--model", out, "--compute", compute, "--out", npz.to_str().unwrap()]);
         structvpr::eval::read_npz_matrices(&std::fs::read(npz).unwrap()).unwrap().remove("descriptors").unwrap()
     };
-    let (a, b) = (described("f32"), described("int8"));
-    for (a, b) in a.data.chunks(a.cols).zip(b.data.chunks(b.cols)) {
-        let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
-        assert!(cosine > 0.998, "{cosine}");
+    let full = described("f32");
+    for (compute, least) in [("int8", 0.998), ("bf16", 0.999)] {
+        for (a, b) in full.data.chunks(full.cols).zip(described(compute).data.chunks(full.cols)) {
+            let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
+            assert!(cosine > least, "{compute}: {cosine}");
+        }
     }
+    // What the processor cannot do is said.
+    let amx = Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Bf16).unwrap().precision() == Precision::Bf16;
+    let day = dir.path().join("day");
+    let said = fails(&["describe", day.to_str().unwrap(), "--compute", "bf16", "--out", "/nowhere/d.npz"]);
+    assert_eq!(said.contains("no AMX; computing in f32"), !amx, "{said}");
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "5x5"]).contains("5x5"));
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "big"]).contains("WxH"));
     assert!(fails(&["convert", shipped, "--out", "/nowhere/m.safetensors"]).contains("/nowhere"));

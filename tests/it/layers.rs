@@ -78,6 +78,7 @@ fn unsafe_lives_in_kernels_only() {
             "team.rs",
             "map/codes.rs",
             "map/dot.rs",
+            "kernels/bf16.rs",
             "kernels/int8.rs",
             "kernels/nearest.rs",
             "kernels/winograd.rs",

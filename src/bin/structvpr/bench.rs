@@ -353,8 +353,8 @@ fn search(args: &Args, n: usize) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// The descriptor at every size: in f32 against the peers' f32, in 8 bits against ONNX Runtime's f32 and OpenVINO's bf16, which is what
-/// others have below f32.
+/// The descriptor at every size: in f32 against the peers' f32, in bf16 and in 8 bits against ONNX Runtime's f32 and OpenVINO's bf16,
+/// which is what others have below f32.
 fn descriptors(args: &Args, say: &mut impl FnMut(Vec<Row>)) -> Result<()> {
     for model in models(args)? {
         for peer in [Runtime::Onnx, Runtime::OpenVino] {
@@ -362,10 +362,14 @@ fn descriptors(args: &Args, say: &mut impl FnMut(Vec<Row>)) -> Result<()> {
                 say(vec![descriptor(args, &model, peer)?]);
             }
         }
-        let model = model.on(ComputeDevice::Cpu, Precision::Int8)?;
-        for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
-            if peer == Runtime::Onnx || args.peers && has_bf16() {
-                say(vec![descriptor(args, &model, peer)?]);
+        let mut model = model;
+        for precision in [Precision::Bf16, Precision::Int8] {
+            model = model.on(ComputeDevice::Cpu, precision)?;
+            for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
+                // Without AMX bf16 is f32, which has been measured.
+                if model.precision() == precision && (peer == Runtime::Onnx || args.peers && has_bf16()) {
+                    say(vec![descriptor(args, &model, peer)?]);
+                }
             }
         }
     }

@@ -23,7 +23,11 @@ pub fn load_model(path: Option<&Path>, on: ComputeArg) -> Result<Model> {
             model
         }
     };
-    Ok(model.on(on.device, on.compute)?)
+    let model = model.on(on.device, on.compute)?;
+    if model.precision() != on.compute {
+        eprintln!("--compute {}: this processor has no AMX; computing in {}", on.compute, model.precision());
+    }
+    Ok(model)
 }
 
 /// Where a model runs and what it computes in, as several commands take it.
@@ -32,9 +36,9 @@ pub struct ComputeArg {
     /// Where the network runs: cpu, or cuda:N in a build with --features cuda.
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
     pub device: ComputeDevice,
-    /// What the network computes in: f32; int8 (cpu), which is faster where the processor has VNNI; f16 (cuda). Descriptors of all
-    /// compare.
-    #[arg(long, default_value = "f32", value_name = "f32|f16|int8")]
+    /// What the network computes in: f32; bf16 (cpu), where the processor has AMX; int8 (cpu), which is faster where it has VNNI; f16
+    /// (cuda). Descriptors of all compare.
+    #[arg(long, default_value = "f32", value_name = "f32|f16|bf16|int8")]
     pub compute: Precision,
 }
 

@@ -185,7 +185,12 @@ impl Tile for Call {
     #[inline(always)]
     unsafe fn by_eight<V: Vector>(self, pixels: usize) {
         // SAFETY: the caller's promise.
-        unsafe { self.pixels::<V, 4, 2>(pixels) }
+        unsafe {
+            match V::DOT {
+                true => self.pixels::<V, 6, 2>(pixels),
+                false => self.pixels::<V, 4, 2>(pixels),
+            }
+        }
     }
 
     #[inline(always)]
@@ -276,6 +281,13 @@ mod tests {
         unsafe { layer::<std::arch::x86_64::__m256>(packed, values, signed, residual, relu) }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avxvnni,avx2,fma")]
+    unsafe fn layer_vnni(packed: &Packed8, values: &[f32], signed: bool, residual: &[f32], relu: bool) -> Vec<f32> {
+        // SAFETY: the features of this function.
+        unsafe { layer::<super::super::vector::Vnni256>(packed, values, signed, residual, relu) }
+    }
+
     proptest! {
         /// Against the definition on the rounded numbers, in f64: nothing is lost but what rounding to 8 bits loses.
         #[test]
@@ -311,6 +323,12 @@ mod tests {
                     // SAFETY: plain arrays need no instruction set.
                     _ => unsafe { layer::<[f32; 4]>(&packed, &values, signed, &added, relu) },
                 };
+                #[cfg(target_arch = "x86_64")]
+                if isa == Isa::Avx2 && std::arch::is_x86_feature_detected!("avxvnni") {
+                    // SAFETY: the processor has it.
+                    let direct = unsafe { layer_vnni(&packed, &values, signed, &added, relu) };
+                    prop_assert!(direct == got);
+                }
                 for p in 0..pixels {
                     let largest = (0..inputs).map(|c| (of(p, c) * packed.scales[c]).abs()).fold(f32::MIN_POSITIVE, f32::max);
                     for o in 0..outputs {

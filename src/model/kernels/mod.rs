@@ -4,6 +4,7 @@
 //! the networks for local features use, has none.
 
 mod aligned;
+mod bf16;
 mod bias_act;
 mod depthwise;
 mod direct;
@@ -19,6 +20,7 @@ mod rows;
 mod vector;
 mod winograd;
 
+pub use bf16::bf16;
 pub use bias_act::bias_act;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;

@@ -10,6 +10,9 @@
 //! strip waits only for earlier ones, which are done or in some thread's hands.
 
 use super::aligned::Aligned;
+use super::bf16::{codes16, tiles, Depthwise16, Packed16};
+#[cfg(target_arch = "x86_64")]
+use super::bf16::{depthwise16, encode16, expand16, project16, Tiles};
 use super::int8::{encode, panel8, Codes, Packed8};
 use super::pointwise::{padded, panel, Packed, Pixels};
 use super::powers::add_powers;
@@ -45,7 +48,20 @@ pub struct PlanBlock<'a> {
 enum Pointwise {
     F32(Packed),
     Int8(Packed8),
+    Bf16(Packed16),
 }
+
+/// What a plan's 1x1 convolutions compute in; as constants, for kernels are compiled for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum In {
+    F32,
+    Int8,
+    Bf16,
+}
+
+const F32: u8 = In::F32 as u8;
+const INT8: u8 = In::Int8 as u8;
+const BF16: u8 = In::Bf16 as u8;
 
 impl Pointwise {
     /// Padded.
@@ -53,6 +69,7 @@ impl Pointwise {
         match self {
             Self::F32(p) => padded(p.inputs),
             Self::Int8(p) => p.inputs,
+            Self::Bf16(p) => p.inputs,
         }
     }
 
@@ -60,6 +77,24 @@ impl Pointwise {
         match self {
             Self::F32(p) => p.outputs,
             Self::Int8(p) => p.outputs,
+            Self::Bf16(p) => p.outputs,
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Deepen {
+    F32(Depthwise),
+    /// From lines to lines.
+    Bf16(Depthwise16),
+}
+
+impl Deepen {
+    /// Values of f32 that a pixel takes.
+    fn hidden(&self) -> usize {
+        match self {
+            Self::F32(d) => d.channels,
+            Self::Bf16(d) => d.channels / 2,
         }
     }
 }
@@ -67,7 +102,7 @@ impl Pointwise {
 #[derive(Debug)]
 struct Block {
     expand: Option<Pointwise>,
-    depthwise: Depthwise,
+    depthwise: Deepen,
     project: Pointwise,
     /// Channels of the output without padding.
     outputs: usize,
@@ -80,7 +115,9 @@ struct Block {
 #[derive(Debug)]
 pub struct Plan {
     isa: Isa,
-    int8: bool,
+    computes: In,
+    /// Whether 8-bit products are summed up by AVX-VNNI where vectors are AVX2's.
+    avx_vnni: bool,
     stem: Stem,
     blocks: Vec<Block>,
     pads: fn(usize, usize, usize) -> Pad,
@@ -99,31 +136,58 @@ impl Plan {
     /// From the stem's weight (32 x 27) and bias, and the blocks, of which either all are in 8 bits, or none. `pads` gives the border
     /// of a 3x3 at height, width and stride; at most one row and column at the top and left.
     pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), stem, blocks, pads)
+        Self::on(Isa::detect(), false, stem, blocks, pads)
     }
 
-    fn on(isa: Isa, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        let int8 = blocks.iter().any(|b| b.rounded.is_some());
+    /// As [`Self::new`], with all blocks but the first in bfloat16 where the processor has AMX; elsewhere they stay in f32.
+    pub fn bf16(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        Self::on(Isa::detect(), true, stem, blocks, pads)
+    }
+
+    fn on(isa: Isa, bf16: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+        let computes = match bf16 && isa == Isa::Avx512 && tiles() {
+            _ if blocks.iter().any(|b| b.rounded.is_some()) => In::Int8,
+            true => In::Bf16,
+            false => In::F32,
+        };
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
-        let isa = if int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
+        let isa = if computes == In::Int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
         let pack = |(weight, bias): (&[f32], &[f32])| Pointwise::F32(Packed::new(weight, bias, weight.len() / bias.len().max(1), isa));
         let pack8 = |rounded: &Rounded, signed| Pointwise::Int8(Packed8::new(rounded, signed, isa));
         let block = |b: &PlanBlock| {
-            let (expand, project, scales) = match b.rounded {
-                Some((expand, project)) => (expand.map(|e| pack8(e, true)), pack8(project, false), &project.scales[..]),
-                None => (b.expand.map(pack), pack(b.project), &[][..]),
+            let (weights, bias) = b.depthwise;
+            let f32s = |scales| Deepen::F32(Depthwise::new(weights, bias, scales));
+            let (expand, depthwise, project) = match (b.rounded, b.expand) {
+                (Some((expand, project)), _) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
+                // The first block stays in f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away.
+                (None, Some((w, b1))) if computes == In::Bf16 => (
+                    Some(Pointwise::Bf16(Packed16::expand(w, b1))),
+                    Deepen::Bf16(Depthwise16::new(weights, bias)),
+                    Pointwise::Bf16(Packed16::project(b.project.0, b.project.1)),
+                ),
+                (None, expand) => (expand.map(pack), f32s(&[]), pack(b.project)),
             };
-            Block {
-                expand,
-                depthwise: Depthwise::new(b.depthwise.0, b.depthwise.1, scales),
-                project,
-                outputs: b.project.1.len(),
-                stride: b.stride,
-                residual: b.residual,
-                tap: b.tap,
-            }
+            Block { expand, depthwise, project, outputs: b.project.1.len(), stride: b.stride, residual: b.residual, tap: b.tap }
         };
-        Self { isa, int8, stem: Stem::new(stem.0, stem.1), blocks: blocks.iter().map(block).collect(), pads, spaces: Mutex::default() }
+        Self {
+            isa,
+            computes,
+            avx_vnni: avx_vnni(),
+            stem: Stem::new(stem.0, stem.1),
+            blocks: blocks.iter().map(block).collect(),
+            pads,
+            spaces: Mutex::default(),
+        }
+    }
+
+    /// Whether [`Self::bf16`] computes in bfloat16 on this processor.
+    pub fn has_bf16() -> bool {
+        Isa::detect() == Isa::Avx512 && tiles()
+    }
+
+    /// Whether it computes in bfloat16.
+    pub fn is_bf16(&self) -> bool {
+        self.computes == In::Bf16
     }
 
     /// Of every tap the pooled channels, one tap after the other. `image`: three planes of `height` x `width`.
@@ -180,21 +244,27 @@ impl Plan {
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
             failed: AtomicBool::new(false),
         };
-        let work = |scratch: &mut [f32]| match (self.isa, self.int8) {
+        let work = |scratch: &mut [f32]| match (self.isa, self.computes) {
             // SAFETY: the plan was packed for what `Isa::detect` found on this processor, or for less.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, false) => unsafe { work_avx512(&shared, scratch) },
+            (Isa::Avx512, In::F32) => unsafe { work_avx512(&shared, scratch) },
             // SAFETY: as above; a plan in 8 bits is packed for AVX-512 only where VNNI is.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, true) => unsafe { work_vnni(&shared, scratch) },
+            (Isa::Avx512, In::Int8) => unsafe { work_vnni(&shared, scratch) },
+            // SAFETY: as above; a plan in bfloat16 is made only where tiles are.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512, In::Bf16) => unsafe { work_amx(&shared, scratch) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, false) => unsafe { work_avx2::<false>(&shared, scratch) },
+            (Isa::Avx2, In::F32) => unsafe { work_avx2::<F32>(&shared, scratch) },
+            // SAFETY: as above, and the processor has it.
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2, In::Int8) if self.avx_vnni => unsafe { work_avx_vnni(&shared, scratch) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, true) => unsafe { work_avx2::<true>(&shared, scratch) },
-            (_, false) => work_portable::<false>(&shared, scratch),
-            (_, true) => work_portable::<true>(&shared, scratch),
+            (Isa::Avx2, In::Int8) => unsafe { work_avx2::<INT8>(&shared, scratch) },
+            (_, In::Int8) => work_portable::<INT8>(&shared, scratch),
+            (_, In::F32 | In::Bf16) => work_portable::<F32>(&shared, scratch),
         };
         let more = || shared.next.load(Ordering::Relaxed) < layout.tasks.len();
         team(scratch, &more, &|scratch| work(scratch.values_mut()));
@@ -275,6 +345,7 @@ struct Layout {
 fn codes(op: Option<&Pointwise>, pixels: usize) -> usize {
     match op {
         Some(Pointwise::Int8(packed)) => pixels * (packed.inputs / 4 + 1),
+        Some(Pointwise::Bf16(packed)) => codes16(pixels, packed.inputs) / 2,
         _ => 0,
     }
 }
@@ -290,30 +361,50 @@ fn as_bytes(values: &mut [f32]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }
 
+/// Lines of bfloat16, which lie in f32's memory.
+#[cfg(target_arch = "x86_64")]
+fn halves(values: &[f32]) -> &[u16] {
+    // SAFETY: the same memory; halves need less alignment.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), 2 * values.len()) }
+}
+
+/// As [`halves`].
+#[cfg(target_arch = "x86_64")]
+fn as_halves(values: &mut [f32]) -> &mut [u16] {
+    // SAFETY: the same memory; halves need less alignment, and whatever they hold is a value again.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), 2 * values.len()) }
+}
+
 /// Expands pixels, which lie channels by channels, into `out`. `scratch` has room for what [`codes`] says.
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn widen<V: Vector, const INT8: bool>(op: &Pointwise, x: &[f32], scratch: &mut [f32], out: &mut [f32]) {
-    let pixels = out.len() / op.outputs();
+unsafe fn widen<V: Vector, const IN: u8>(op: &Pointwise, x: &[f32], scratch: &mut [f32], out: &mut [f32]) {
+    let pixels = x.len() / op.inputs();
     // SAFETY: the caller's promise.
     unsafe {
-        match (op, INT8) {
-            (Pointwise::F32(packed), false) => {
+        match (op, IN) {
+            (Pointwise::F32(packed), F32) => {
                 let x = Pixels::new(x, op.inputs());
                 for p in 0..packed.panels() {
                     panel::<V>(packed, p, pixels, x, None, Activation::Relu6, out);
                 }
             }
-            (Pointwise::Int8(packed), true) => {
+            (Pointwise::Int8(packed), INT8) => {
                 let (steps, codes) = scratch.split_at_mut(pixels);
                 let codes = &mut as_bytes(codes)[..pixels * packed.inputs];
                 encode::<V, true>(&x[..pixels * packed.inputs], packed, codes, steps);
                 for p in 0..packed.panels() {
                     panel8::<V>(packed, p, pixels, Codes { codes, steps }, None, Activation::Relu6, out);
                 }
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Pointwise::Bf16(packed), BF16) => {
+                let codes = as_halves(scratch);
+                encode16(&x[..pixels * packed.inputs], packed.inputs, codes);
+                expand16(packed, pixels, codes, as_halves(out));
             }
             // No plan mixes them.
             _ => {}
@@ -353,7 +444,7 @@ impl Layout {
         let stem = (plan.pads)(height, width, 2).output(height, width, 2).unwrap_or((0, 0));
         let (mut h, mut w, mut input) = (stem.0, stem.1, None);
         for (at, block) in plan.blocks.iter().enumerate() {
-            let hidden = block.depthwise.channels;
+            let hidden = block.depthwise.hidden();
             let pad = (plan.pads)(h, w, block.stride);
             let (oh, ow) = pad.output(h, w, block.stride).unwrap_or((0, 0));
             let outputs = block.project.outputs();
@@ -382,7 +473,10 @@ impl Layout {
                 strips: strips(out_height, threads),
                 step,
             };
-            let narrowed = step * ow * hidden + codes(Some(&block.project), step * ow);
+            let narrowed = match &block.depthwise {
+                Deepen::F32(_) => step * ow * hidden + codes(Some(&block.project), step * ow),
+                Deepen::Bf16(_) => codes(Some(&block.project), step * ow),
+            };
             if whole {
                 out.buffers[3 + at % 2] = out.buffers[3 + at % 2].max(h * w * hidden);
                 out.stages.push(stage(Work::Expand, h, w));
@@ -527,32 +621,57 @@ fn vnni() -> bool {
     false
 }
 
+/// Whether it does so in vectors of AVX2's length, too.
+fn avx_vnni() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avxvnni");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
 unsafe fn work_vnni(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m512, true>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m512, INT8>(shared, scratch) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn work_avx512(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m512, false>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m512, F32>(shared, scratch) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma")]
+unsafe fn work_amx(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: the features of this function, and tiles by the caller's promise.
+    unsafe {
+        let _tiles = Tiles::new();
+        work::<std::arch::x86_64::__m512, BF16>(shared, scratch);
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn work_avx2<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_avx2<const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m256, INT8>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m256, IN>(shared, scratch) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avxvnni,avx2,fma")]
+unsafe fn work_avx_vnni(shared: &Shared, scratch: &mut [f32]) {
+    // SAFETY: the features of this function.
+    unsafe { work::<super::vector::Vnni256, INT8>(shared, scratch) }
 }
 
 // By itself, as the others are: inlined into both of its callers it is half of what the compiler makes of this file.
 #[inline(never)]
-fn work_portable<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
+fn work_portable<const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
     // SAFETY: plain arrays need no instruction set.
-    unsafe { work::<[f32; 4], INT8>(shared, scratch) }
+    unsafe { work::<[f32; 4], IN>(shared, scratch) }
 }
 
 /// Takes strips until there are none.
@@ -561,7 +680,7 @@ fn work_portable<const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn work<V: Vector, const INT8: bool>(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work<V: Vector, const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
     let _watch = Watch(&shared.failed);
     loop {
         let task = shared.next.fetch_add(1, Ordering::Relaxed);
@@ -575,9 +694,9 @@ unsafe fn work<V: Vector, const INT8: bool>(shared: &Shared, scratch: &mut [f32]
         // nobody reads what is written, and each strip writes its own rows.
         unsafe {
             match now.work {
-                Work::Fused => fused::<V, INT8>(shared, now, rows, scratch),
-                Work::Expand => expand::<V, INT8>(shared, now, rows, scratch),
-                Work::Reduce => reduce::<V, INT8>(shared, now, rows, scratch),
+                Work::Fused => fused::<V, IN>(shared, now, rows, scratch),
+                Work::Expand => expand::<V, IN>(shared, now, rows, scratch),
+                Work::Reduce => reduce::<V, IN>(shared, now, rows, scratch),
             }
         }
         shared.finished[task].store(true, Ordering::Release);
@@ -589,14 +708,14 @@ unsafe fn work<V: Vector, const INT8: bool>(shared: &Shared, scratch: &mut [f32]
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn expand<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn expand<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
     let (Some(op), Some(input)) = (&block.expand, stage.input) else { return };
     // SAFETY: the caller's promise.
     unsafe {
         let x = shared.rows(input, stage.width * op.inputs(), rows);
-        let out = shared.rows_mut(stage.hidden, stage.width * op.outputs(), rows);
-        widen::<V, INT8>(op, x, scratch, out);
+        let out = shared.rows_mut(stage.hidden, stage.width * block.depthwise.hidden(), rows);
+        widen::<V, IN>(op, x, scratch, out);
     }
 }
 
@@ -604,9 +723,9 @@ unsafe fn expand<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, ro
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn reduce<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn reduce<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
-    let row = stage.width * block.depthwise.channels;
+    let row = stage.width * block.depthwise.hidden();
     let read = stage.reads(block.stride, rows);
     // SAFETY: the caller's promise.
     unsafe {
@@ -615,7 +734,7 @@ unsafe fn reduce<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, ro
         let mut from = rows.start;
         while from < rows.end {
             let to = (from + stage.step).min(rows.end);
-            narrow::<V, INT8>(shared, stage, block, from..to, &of, scratch);
+            narrow::<V, IN>(shared, stage, block, from..to, &of, scratch);
             from = to;
         }
     }
@@ -625,9 +744,9 @@ unsafe fn reduce<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, ro
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
-    let row = stage.width * block.depthwise.channels;
+    let row = stage.width * block.depthwise.hidden();
     let slots = (stage.step - 1) * block.stride + 3;
     let (ring, scratch) = scratch.split_at_mut(slots * row);
     let read = stage.reads(block.stride, rows);
@@ -639,7 +758,7 @@ unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, row
         // SAFETY: the caller's promise.
         unsafe {
             match (&block.expand, stage.input) {
-                (Some(op @ Pointwise::F32(packed)), Some(input)) if !INT8 => {
+                (Some(op @ Pointwise::F32(packed)), Some(input)) if IN == F32 => {
                     // One panel's weights for all rows.
                     for p in 0..packed.panels() {
                         for y in next..need {
@@ -651,7 +770,7 @@ unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, row
                 (Some(op), Some(input)) => {
                     for y in next..need {
                         let x = shared.rows(input, stage.width * op.inputs(), &(y..y + 1));
-                        widen::<V, INT8>(op, x, scratch, &mut ring[y % slots * row..][..row]);
+                        widen::<V, IN>(op, x, scratch, &mut ring[y % slots * row..][..row]);
                     }
                 }
                 _ => {
@@ -662,7 +781,7 @@ unsafe fn fused<V: Vector, const INT8: bool>(shared: &Shared, stage: &Stage, row
             }
             next = next.max(need);
             let of = |y: usize| &ring[y % slots * row..][..row];
-            narrow::<V, INT8>(shared, stage, block, from..to, &of, scratch);
+            narrow::<V, IN>(shared, stage, block, from..to, &of, scratch);
         }
         from = to;
     }
@@ -695,7 +814,7 @@ unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, out: &mut [f
 ///
 /// As [`work`], and the rows are of the caller's strip.
 #[inline(always)]
-unsafe fn narrow<'a, V: Vector, const INT8: bool>(
+unsafe fn narrow<'a, V: Vector, const IN: u8>(
     shared: &'a Shared,
     stage: &Stage,
     block: &Block,
@@ -704,7 +823,7 @@ unsafe fn narrow<'a, V: Vector, const INT8: bool>(
     scratch: &mut [f32],
 ) {
     let (channels, width) = (block.project.outputs(), stage.out_width);
-    let (pixels, hidden) = (rows.len() * width, block.depthwise.channels);
+    let (pixels, hidden) = (rows.len() * width, block.depthwise.hidden());
     // SAFETY: the caller's promise; the input's rows are read, the output's written by this strip alone.
     unsafe {
         let residual = match stage.input {
@@ -712,16 +831,22 @@ unsafe fn narrow<'a, V: Vector, const INT8: bool>(
             _ => None,
         };
         let out = shared.rows_mut(stage.output, width * channels, &rows);
+        #[cfg(target_arch = "x86_64")]
+        if let (Pointwise::Bf16(packed), BF16) = (&block.project, IN) {
+            deepen::<V, IN>(shared, stage, block, rows, of, &mut scratch[..pixels * hidden]);
+            project16(packed, pixels, as_halves(scratch), residual, out);
+            return;
+        }
         let (x, rest) = scratch.split_at_mut(pixels * hidden);
-        deepen::<V>(shared, stage, block, rows, of, x);
-        match (&block.project, INT8) {
-            (Pointwise::F32(packed), false) => {
+        deepen::<V, IN>(shared, stage, block, rows, of, x);
+        match (&block.project, IN) {
+            (Pointwise::F32(packed), F32 | BF16) => {
                 let residual = residual.map(|data| Pixels::new(data, channels));
                 for p in 0..packed.panels() {
                     panel::<V>(packed, p, pixels, Pixels::new(x, hidden), residual, Activation::None, out);
                 }
             }
-            (Pointwise::Int8(packed), true) => {
+            (Pointwise::Int8(packed), INT8) => {
                 let (steps, codes) = rest.split_at_mut(pixels);
                 let codes = &mut as_bytes(codes)[..pixels * hidden];
                 encode::<V, false>(x, packed, codes, steps);
@@ -741,7 +866,7 @@ unsafe fn narrow<'a, V: Vector, const INT8: bool>(
 ///
 /// As [`narrow`].
 #[inline(always)]
-unsafe fn deepen<'a, V: Vector>(
+unsafe fn deepen<'a, V: Vector, const IN: u8>(
     shared: &'a Shared,
     stage: &Stage,
     block: &Block,
@@ -749,7 +874,7 @@ unsafe fn deepen<'a, V: Vector>(
     of: &dyn Fn(usize) -> &'a [f32],
     out: &mut [f32],
 ) {
-    let hidden = block.depthwise.channels;
+    let hidden = block.depthwise.hidden();
     let width = stage.out_width;
     let row = stage.width * hidden;
     let mut y = rows.start;
@@ -767,7 +892,19 @@ unsafe fn deepen<'a, V: Vector>(
         let seen = &mut seen[..(together - 1) * block.stride + 3];
         seen.iter_mut().enumerate().for_each(|(k, row)| *row = of(k));
         // SAFETY: the caller's promise.
-        unsafe { depthwise_rows::<V>(&block.depthwise, block.stride, stage.pad.left, stage.width, seen, width, out) };
+        unsafe {
+            match &block.depthwise {
+                Deepen::F32(op) => depthwise_rows::<V>(op, block.stride, stage.pad.left, stage.width, seen, width, out),
+                #[cfg(target_arch = "x86_64")]
+                Deepen::Bf16(op) if IN == BF16 => {
+                    let mut lines: [&[u16]; 2 * (TOGETHER - 1) + 3] = Default::default();
+                    lines.iter_mut().zip(&*seen).for_each(|(to, row)| *to = halves(row));
+                    depthwise16(op, block.stride, stage.pad.left, stage.width, &lines[..seen.len()], width, as_halves(out));
+                }
+                // No plan mixes them.
+                Deepen::Bf16(_) => {}
+            }
+        }
         y += together;
     }
 }
@@ -874,10 +1011,10 @@ mod tests {
         }
 
         fn plan(&self, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
-            self.plan_in(false, isa, pads)
+            self.plan_in(In::F32, isa, pads)
         }
 
-        fn plan_in(&self, int8: bool, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+        fn plan_in(&self, computes: In, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
@@ -892,10 +1029,10 @@ mod tests {
                     stride: self.strides[at],
                     residual: self.residual(at),
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
-                    rounded: int8.then(|| ((at > 0).then_some(&rounded[at].0), &rounded[at].1)),
+                    rounded: (computes == In::Int8).then(|| ((at > 0).then_some(&rounded[at].0), &rounded[at].1)),
                 });
             }
-            Plan::on(isa, slices(&self.stem), &blocks, pads)
+            Plan::on(isa, computes == In::Bf16, slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
@@ -985,8 +1122,11 @@ mod tests {
             let want = net.taps(&image, h, w, pads);
             let mut first: Option<Vec<Vec<f32>>> = None;
             for isa in Isa::available() {
-                let plan = net.plan_in(true, isa, pads);
+                let mut plan = net.plan_in(In::Int8, isa, pads);
                 let got = on_threads(1, || plan.taps(&image, h, w));
+                // With AVX-VNNI the same sums sooner.
+                plan.avx_vnni = false;
+                prop_assert!(on_threads(1, || plan.taps(&image, h, w)) == got, "{isa:?} without AVX-VNNI");
                 for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                     prop_assert_eq!(got.len(), want.data.len());
                     let error = |other: &dyn Fn(usize) -> f64| got.iter().enumerate().map(|(i, a)| (f64::from(*a) - other(i)).powi(2)).sum::<f64>().sqrt();
@@ -1000,6 +1140,42 @@ mod tests {
                     prop_assert!(on_threads(threads, || plan.taps(&image, h, w)) == got, "{isa:?} on {threads} threads");
                 }
                 first.get_or_insert(got);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// In bfloat16 near the definition, and the same on every number of threads; without AMX it is f32 to the last bit.
+        #[test]
+        fn bf16_is_near_the_definition(
+            seed in 0u64..1000,
+            h in 3usize..70, w in 3usize..70,
+            shape in prop::collection::vec((1usize..70, 1usize..70, 1usize..3), 1..4),
+            tf: bool,
+        ) {
+            let pads = if tf { same } else { one };
+            let net = Net::new(seed, &shape);
+            let image = noise(seed + 7, 3 * h * w, 1.0);
+            let want = net.taps(&image, h, w, pads);
+            for isa in Isa::available() {
+                let plan = net.plan_in(In::Bf16, isa, pads);
+                prop_assert_eq!(plan.is_bf16(), isa == Isa::Avx512 && tiles());
+                let got = on_threads(1, || plan.taps(&image, h, w));
+                if !plan.is_bf16() {
+                    prop_assert!(got == on_threads(1, || net.plan(isa, pads).taps(&image, h, w)));
+                    continue;
+                }
+                for (got, want) in got.iter().zip(&want) {
+                    prop_assert_eq!(got.len(), want.data.len());
+                    let error = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
+                    let length = want.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+                    prop_assert!(error < 0.01 * length + 0.01, "{error} of {length}");
+                }
+                for threads in [2, 3, 5] {
+                    let again = on_threads(threads, || [plan.taps(&image, h, w), plan.taps(&image, h, w)]);
+                    prop_assert!(again.iter().all(|a| *a == got), "on {threads} threads");
+                }
             }
         }
     }
@@ -1023,6 +1199,15 @@ mod tests {
                 assert!(on_threads(threads, || plan.taps(&image, h, w)) == got);
             }
         }
+        let plan = net.plan_in(In::Bf16, Isa::detect(), one);
+        let got = on_threads(1, || plan.taps(&image, h, w));
+        for (got, want) in got.iter().zip(&want) {
+            let error = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
+            assert!(error < 0.01 * want.data.iter().map(|v| v * v).sum::<f64>().sqrt(), "{error}");
+        }
+        for threads in [2, 4] {
+            assert!(on_threads(threads, || plan.taps(&image, h, w)) == got);
+        }
     }
 
     #[test]
@@ -1040,6 +1225,8 @@ mod tests {
                     assert!(pairs.clone().all(|(a, b)| a.is_nan() == b.is_nan()), "{isa:?}");
                     assert!(pairs.filter(|(a, _)| !a.is_nan()).all(|(a, b)| (f64::from(*a) - b).abs() < 1e-3), "{isa:?}");
                 }
+                let coarse = net.plan_in(In::Bf16, isa, one).taps(&image, h, w);
+                assert!(coarse.iter().flatten().zip(got.iter().flatten()).all(|(a, b)| a.is_nan() == b.is_nan()), "{isa:?} in bf16");
                 assert_eq!(got[0].iter().any(|v| v.is_nan()), bad.is_nan());
             }
         }

@@ -69,7 +69,7 @@ pub(super) unsafe fn depthwise_rows<V: Vector>(
 }
 
 /// Pixels of a row of output that are computed together.
-const ACROSS: usize = 4;
+pub(super) const ACROSS: usize = 4;
 
 /// # Safety
 ///

@@ -8,6 +8,9 @@
 /// (else each call stays a call). Pointers are read or written for `LANES` values and need no alignment.
 pub(super) trait Vector: Copy {
     const LANES: usize;
+    /// Whether four products of 8-bit numbers are summed up in one instruction; else codes and weights are halved first, which takes
+    /// registers.
+    const DOT: bool;
     /// `LANES` sums of 32 bits.
     type Sums: Copy;
     /// Four codes, for each lane the same.
@@ -132,6 +135,7 @@ mod x86 {
         _mm512_max_ps,
         _mm512_min_ps,
         keep512, {
+        const DOT: bool = true;
         type Sums = __m512i;
         type Four = __m512i;
         type Weights8 = __m512i;
@@ -189,6 +193,7 @@ mod x86 {
         _mm256_max_ps,
         _mm256_min_ps,
         keep256, {
+        const DOT: bool = false;
         type Sums = __m256i;
         // Codes and weights of even and of odd places, widened to 16 bits: the product of 8-bit numbers saturates.
         type Four = [__m256i; 2];
@@ -251,6 +256,94 @@ mod x86 {
     }
 }
 
+/// Vectors of AVX2 on processors with AVX-VNNI, which sum up products of 8-bit numbers as AVX-512's do.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct Vnni256(std::arch::x86_64::__m256);
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use super::{Vector, Vnni256};
+    use std::arch::x86_64::*;
+
+    /// What AVX2's vectors do.
+    macro_rules! same {
+        ($($name:ident($($arg:ident: $type:ty),*) -> $out:ty, $made:expr;)*) => {
+            $(
+                #[inline(always)]
+                unsafe fn $name($($arg: $type),*) -> $out {
+                    // SAFETY: the trait's contract, for what is in the vectors.
+                    unsafe { $made }
+                }
+            )*
+        };
+    }
+
+    impl Vector for Vnni256 {
+        const LANES: usize = 8;
+        const DOT: bool = true;
+        type Sums = __m256i;
+        type Four = __m256i;
+        type Weights8 = __m256i;
+        same! {
+            splat(value: f32) -> Self, Self(Vector::splat(value));
+            load(from: *const f32) -> Self, Self(Vector::load(from));
+            prefetch(from: *const f32) -> (), __m256::prefetch(from);
+            prefetch_far(from: *const f32) -> (), __m256::prefetch_far(from);
+            sums(from: *const i32) -> __m256i, __m256::sums(from);
+            of_sums(sums: __m256i) -> Self, Self(Vector::of_sums(sums));
+            four(from: *const u8) -> __m256i, _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            weights8(from: *const i8) -> __m256i, _mm256_loadu_si256(from.cast());
+            dot(sum: __m256i, x: __m256i, w: __m256i) -> __m256i, _mm256_dpbusd_avx_epi32(sum, x, w);
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: the trait's contract.
+            unsafe { self.0.store(to) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.add(other.0) })
+        }
+        #[inline(always)]
+        unsafe fn fma(self, a: Self, b: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.fma(a.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn largest(self, other: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.largest(other.0) })
+        }
+        #[inline(always)]
+        unsafe fn at_least(self, low: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.at_least(low.0) })
+        }
+        #[inline(always)]
+        unsafe fn at_most(self, high: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.at_most(high.0) })
+        }
+        #[inline(always)]
+        unsafe fn magnitude(self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { self.0.magnitude() })
+        }
+        #[inline(always)]
+        unsafe fn highest(self) -> f32 {
+            // SAFETY: the trait's contract.
+            unsafe { self.0.highest() }
+        }
+        #[inline(always)]
+        unsafe fn store_u8(self, to: *mut u8) {
+            // SAFETY: the trait's contract.
+            unsafe { self.0.store_u8(to) }
+        }
+    }
+}
+
 /// Four values in a form that every compiler vectorises: SSE2, NEON.
 impl Vector for [f32; 4] {
     const LANES: usize = 4;
@@ -292,6 +385,7 @@ impl Vector for [f32; 4] {
     unsafe fn at_most(self, high: Self) -> Self {
         std::array::from_fn(|l| if self[l] > high[l] { high[l] } else { self[l] })
     }
+    const DOT: bool = false;
     type Sums = [i32; 4];
     type Four = [u8; 4];
     type Weights8 = [i8; 16];
