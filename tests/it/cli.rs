@@ -216,7 +216,7 @@ fn convert_writes_what_every_command_loads() {
     assert!(ok(&["convert", out, "--out", out]).contains("structvpr layout"));
     // What was measured with another pooling is not passed on.
     assert!(said.contains("\"similarity_threshold\": null"), "{said}");
-    // In 8 bits half of f16's bytes, whose descriptors in int8 are nearly those in f32.
+    // In 8 bits half of f16's bytes, whose descriptors in int8 and bf16 are nearly those in f32.
     let half = std::fs::metadata(out).unwrap().len();
     ok(&["convert", shipped, "--out", out, "--dtype", "int8", "--name", "eight"]);
     assert!(std::fs::metadata(out).unwrap().len() < half * 6 / 10);
@@ -227,10 +227,10 @@ fn convert_writes_what_every_command_loads() {
         structvpr::eval::read_npz_matrices(&std::fs::read(npz).unwrap()).unwrap().remove("descriptors").unwrap()
     };
     let full = described("f32");
-    for (compute, least) in [("int8", 0.998), ("bf16", 0.999)] {
+    for compute in ["int8", "bf16"] {
         for (a, b) in full.data.chunks(full.cols).zip(described(compute).data.chunks(full.cols)) {
             let cosine: f64 = a.iter().zip(b).map(|(a, b)| a * b).sum();
-            assert!(cosine > least, "{compute}: {cosine}");
+            assert!(cosine > 0.998, "{compute}: {cosine}");
         }
     }
     // What the processor cannot do is said.

@@ -54,6 +54,7 @@ fn place(channel: usize) -> usize {
 
 /// Weights of a 1x1 convolution in bfloat16.
 #[derive(Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // nothing multiplies them elsewhere
 pub(super) struct Packed16 {
     /// Padded to whole units.
     pub inputs: usize,
@@ -93,6 +94,7 @@ impl Packed16 {
 
 /// Weights of a depthwise 3x3 between the two, in f32.
 #[derive(Debug)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // as above
 pub(super) struct Depthwise16 {
     /// Whole lines.
     pub channels: usize,
@@ -271,7 +273,8 @@ mod x86 {
 
     impl Call {
         fn new(packed: &Packed16, pixels: usize, codes: &[u16]) -> Self {
-            assert!(codes.len() >= codes16(pixels, packed.inputs), "bf16: input");
+            // Tiles are loaded before it is asked whether there are more.
+            assert!(packed.inputs > 0 && codes.len() >= codes16(pixels, packed.inputs), "bf16: input");
             Self {
                 depth: lined(packed.inputs),
                 x: codes.as_ptr(),
@@ -372,7 +375,8 @@ mod x86 {
         }
     }
 
-    /// One shape of tiles: what loads, multiplies and stores them.
+    /// One shape of tiles: what loads, multiplies and stores them. In assembly, for the compiler has no types for tiles yet; each block
+    /// loads all that it reads, so that nothing but the tiles' shapes has to stay from one to the next.
     macro_rules! shape {
         ($name:ident, { $($begin:literal)* }, { $($step:literal)* }, { $($end:literal)* }) => {
             impl Call {

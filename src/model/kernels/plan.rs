@@ -145,10 +145,12 @@ impl Plan {
     }
 
     fn on(isa: Isa, bf16: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        let computes = match bf16 && isa == Isa::Avx512 && tiles() {
-            _ if blocks.iter().any(|b| b.rounded.is_some()) => In::Int8,
-            true => In::Bf16,
-            false => In::F32,
+        let computes = if blocks.iter().any(|b| b.rounded.is_some()) {
+            In::Int8
+        } else if bf16 && isa == Isa::Avx512 && tiles() {
+            In::Bf16
+        } else {
+            In::F32
         };
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
         let isa = if computes == In::Int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
@@ -160,8 +162,8 @@ impl Plan {
             let (expand, depthwise, project) = match (b.rounded, b.expand) {
                 (Some((expand, project)), _) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
                 // The first block stays in f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away.
-                (None, Some((w, b1))) if computes == In::Bf16 => (
-                    Some(Pointwise::Bf16(Packed16::expand(w, b1))),
+                (None, Some(expand)) if computes == In::Bf16 => (
+                    Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1))),
                     Deepen::Bf16(Depthwise16::new(weights, bias)),
                     Pointwise::Bf16(Packed16::project(b.project.0, b.project.1)),
                 ),
