@@ -211,9 +211,10 @@ impl MobileNetV2 {
             return Ok(net);
         }
         let means = self.means(pictures)?;
-        for (at, block) in net.blocks.iter_mut().enumerate().skip(1) {
-            for (kind, conv) in [("expand", block.expand.as_mut()), ("project", Some(&mut block.project))] {
-                let Some(conv) = conv else { continue };
+        for (at, block) in net.blocks.iter_mut().enumerate() {
+            // A block that expands nothing, the first, stays in f32 in a plan, too.
+            let Some(expand) = block.expand.as_mut() else { continue };
+            for (kind, conv) in [("expand", expand), ("project", &mut block.project)] {
                 let means = means.get(&format!("blocks.{}.{kind}", at + 1)).map_or(&[][..], Vec::as_slice);
                 let mut bias = values(&conv.bias)?;
                 for (bias, row) in bias.iter_mut().zip(values(&conv.weight)?.chunks_exact(means.len().max(1))) {

@@ -207,6 +207,11 @@ fn int8_describes_as_f32_does() {
     assert!(coarse.describe_tensor(&nan).unwrap_err().to_string().contains("not a number"));
 }
 
+/// 1 - the cosine of what `model` says of `image` to `want`.
+fn off(want: &Descriptor, model: &Model, image: &RgbImage) -> f64 {
+    1.0 - f64::from(crate::map::dot(want.as_slice(), model.describe(image).unwrap().as_slice()))
+}
+
 /// In bfloat16 the same descriptor but for rounding, nearer than in 8 bits; where there is no AMX, to the last bit.
 #[test]
 fn bf16_describes_as_f32_does() {
@@ -217,9 +222,8 @@ fn bf16_describes_as_f32_does() {
     for n in 0..4 {
         let image = leaves::picture(700 + n, (320, 240)).unwrap();
         let want = full.describe(&image).unwrap();
-        let off = |m: &Model| 1.0 - f64::from(crate::map::dot(want.as_slice(), m.describe(&image).unwrap().as_slice()));
-        off16 += off(&coarse);
-        off8 += off(&coarser);
+        off16 += off(&want, &coarse, &image);
+        off8 += off(&want, &coarser, &image);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         assert_eq!(pool.install(|| coarse.describe(&image)).unwrap().as_slice(), coarse.describe(&image).unwrap().as_slice());
         if coarse.precision() == Precision::F32 {
@@ -241,11 +245,8 @@ fn int8_is_fitted_to_what_layers_see() {
     let (mut with, mut without) = (0.0, 0.0);
     for n in 0..6 {
         let image = leaves::picture(PICTURES + 100 + n, PICTURE).unwrap();
-        let of = |model: &Model| {
-            let (a, b) = (full.describe(&image).unwrap(), model.describe(&image).unwrap());
-            1.0 - f64::from(crate::map::dot(a.as_slice(), b.as_slice()))
-        };
-        let (error, blindly) = (of(&fitted), of(&blind));
+        let want = full.describe(&image).unwrap();
+        let (error, blindly) = (off(&want, &fitted, &image), off(&want, &blind, &image));
         assert!(error < 0.004, "{n}: {error}");
         with += error;
         without += blindly;
@@ -279,9 +280,8 @@ fn the_shipped_model_has_codes_fitted_to_it() {
     for n in 0..6 {
         let image = leaves::picture(500 + n, (320, 240)).unwrap();
         let want = full.describe(&image).unwrap();
-        let off = |m: &Model| 1.0 - f64::from(crate::map::dot(want.as_slice(), m.describe(&image).unwrap().as_slice()));
-        near += off(&fitted);
-        nearest_off += off(&nearest);
+        near += off(&want, &fitted, &image);
+        nearest_off += off(&want, &nearest, &image);
     }
     assert!(near < 0.5 * nearest_off, "{near} {nearest_off}");
 }

@@ -268,110 +268,87 @@ mod x86 {
     use super::Sums;
     use std::arch::x86_64::*;
 
-    /// Needs VNNI.
-    impl Sums for __m512i {
-        const LANES: usize = 16;
-        const STEP: usize = 2;
-        type Row = __m512i;
-        type Columns = __m512i;
-        #[inline(always)]
-        unsafe fn splat(value: i32) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_set1_epi32(value) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const i32) -> Self {
-            // SAFETY: the trait's contract: sixteen values are there.
-            unsafe { _mm512_loadu_si512(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut i32) {
-            // SAFETY: the trait's contract: sixteen values may be written.
-            unsafe { _mm512_storeu_si512(to.cast(), self) }
-        }
-        #[inline(always)]
-        unsafe fn row(from: *const i16) -> __m512i {
-            // SAFETY: the trait's contract: two values are there.
-            unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
-        }
-        #[inline(always)]
-        unsafe fn columns(from: *const i16) -> __m512i {
-            // SAFETY: the trait's contract: two values of sixteen lanes are there.
-            unsafe { _mm512_loadu_si512(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn add_products(self, row: __m512i, columns: __m512i) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_dpwssd_epi32(self, row, columns) }
-        }
-        #[inline(always)]
-        unsafe fn largest(self, other: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_max_epi32(self, other) }
-        }
-        #[inline(always)]
-        unsafe fn smallest(self, other: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_min_epi32(self, other) }
-        }
-        #[inline(always)]
-        unsafe fn where_above(self, other: Self, then: Self, otherwise: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_mask_mov_epi32(otherwise, _mm512_cmpgt_epi32_mask(self, other), then) }
-        }
+    macro_rules! sums {
+        ($type:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $max:ident, $min:ident,
+         |$sums:ident, $row:ident, $columns:ident| $add_products:expr, |$a:ident, $b:ident, $then:ident, $otherwise:ident| $where_above:expr) => {
+            impl Sums for $type {
+                const LANES: usize = $lanes;
+                const STEP: usize = 2;
+                type Row = $type;
+                type Columns = $type;
+                #[inline(always)]
+                unsafe fn splat(value: i32) -> Self {
+                    // SAFETY: the trait's contract.
+                    unsafe { $splat(value) }
+                }
+                #[inline(always)]
+                unsafe fn load(from: *const i32) -> Self {
+                    // SAFETY: the trait's contract: a value of each lane is there.
+                    unsafe { $load(from.cast()) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut i32) {
+                    // SAFETY: the trait's contract: a value of each lane may be written.
+                    unsafe { $store(to.cast(), self) }
+                }
+                #[inline(always)]
+                unsafe fn row(from: *const i16) -> $type {
+                    // SAFETY: the trait's contract: two values are there.
+                    unsafe { $splat(from.cast::<i32>().read_unaligned()) }
+                }
+                #[inline(always)]
+                unsafe fn columns(from: *const i16) -> $type {
+                    // SAFETY: the trait's contract: two values of each lane are there.
+                    unsafe { $load(from.cast()) }
+                }
+                #[inline(always)]
+                unsafe fn add_products(self, $row: $type, $columns: $type) -> Self {
+                    let $sums = self;
+                    // SAFETY: the trait's contract.
+                    unsafe { $add_products }
+                }
+                #[inline(always)]
+                unsafe fn largest(self, other: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    unsafe { $max(self, other) }
+                }
+                #[inline(always)]
+                unsafe fn smallest(self, other: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    unsafe { $min(self, other) }
+                }
+                #[inline(always)]
+                unsafe fn where_above(self, $b: Self, $then: Self, $otherwise: Self) -> Self {
+                    let $a = self;
+                    // SAFETY: the trait's contract.
+                    unsafe { $where_above }
+                }
+            }
+        };
     }
-
-    impl Sums for __m256i {
-        const LANES: usize = 8;
-        const STEP: usize = 2;
-        type Row = __m256i;
-        type Columns = __m256i;
-        #[inline(always)]
-        unsafe fn splat(value: i32) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm256_set1_epi32(value) }
-        }
-        #[inline(always)]
-        unsafe fn load(from: *const i32) -> Self {
-            // SAFETY: the trait's contract: eight values are there.
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut i32) {
-            // SAFETY: the trait's contract: eight values may be written.
-            unsafe { _mm256_storeu_si256(to.cast(), self) }
-        }
-        #[inline(always)]
-        unsafe fn row(from: *const i16) -> __m256i {
-            // SAFETY: the trait's contract: two values are there.
-            unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
-        }
-        #[inline(always)]
-        unsafe fn columns(from: *const i16) -> __m256i {
-            // SAFETY: the trait's contract: two values of eight lanes are there.
-            unsafe { _mm256_loadu_si256(from.cast()) }
-        }
-        #[inline(always)]
-        unsafe fn add_products(self, row: __m256i, columns: __m256i) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm256_add_epi32(self, _mm256_madd_epi16(row, columns)) }
-        }
-        #[inline(always)]
-        unsafe fn largest(self, other: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm256_max_epi32(self, other) }
-        }
-        #[inline(always)]
-        unsafe fn smallest(self, other: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm256_min_epi32(self, other) }
-        }
-        #[inline(always)]
-        unsafe fn where_above(self, other: Self, then: Self, otherwise: Self) -> Self {
-            // SAFETY: the trait's contract.
-            unsafe { _mm256_blendv_epi8(otherwise, then, _mm256_cmpgt_epi32(self, other)) }
-        }
-    }
+    // With VNNI.
+    sums!(
+        __m512i,
+        16,
+        _mm512_set1_epi32,
+        _mm512_loadu_si512,
+        _mm512_storeu_si512,
+        _mm512_max_epi32,
+        _mm512_min_epi32,
+        |sums, row, columns| _mm512_dpwssd_epi32(sums, row, columns),
+        |a, b, then, otherwise| _mm512_mask_mov_epi32(otherwise, _mm512_cmpgt_epi32_mask(a, b), then)
+    );
+    sums!(
+        __m256i,
+        8,
+        _mm256_set1_epi32,
+        _mm256_loadu_si256,
+        _mm256_storeu_si256,
+        _mm256_max_epi32,
+        _mm256_min_epi32,
+        |sums, row, columns| _mm256_add_epi32(sums, _mm256_madd_epi16(row, columns)),
+        |a, b, then, otherwise| _mm256_blendv_epi8(otherwise, then, _mm256_cmpgt_epi32(a, b))
+    );
 }
 
 /// Four sums in a form that every compiler vectorises: SSE2, NEON.

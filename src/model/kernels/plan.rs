@@ -1062,6 +1062,14 @@ mod tests {
         }
     }
 
+    fn distance(got: &[f32], want: &Map) -> f64 {
+        got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt()
+    }
+
+    fn length(map: &Map) -> f64 {
+        map.data.iter().map(|v| v * v).sum::<f64>().sqrt()
+    }
+
     fn on_threads<T: Send>(n: usize, f: impl FnOnce() -> T + Send) -> T {
         rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(f)
     }
@@ -1132,7 +1140,7 @@ mod tests {
                 for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                     prop_assert_eq!(got.len(), want.data.len());
                     let error = |other: &dyn Fn(usize) -> f64| got.iter().enumerate().map(|(i, a)| (f64::from(*a) - other(i)).powi(2)).sum::<f64>().sqrt();
-                    let length = want.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+                    let length = length(want);
                     prop_assert!(error(&|i| want.data[i]) < 0.05 * length + 0.05, "{isa:?}: {} of {length}", error(&|i| want.data[i]));
                     if let Some(first) = &first {
                         prop_assert!(error(&|i| f64::from(first[at][i])) < 0.02 * length + 0.02, "{isa:?}");
@@ -1170,8 +1178,7 @@ mod tests {
                 }
                 for (got, want) in got.iter().zip(&want) {
                     prop_assert_eq!(got.len(), want.data.len());
-                    let error = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
-                    let length = want.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+                    let (error, length) = (distance(got, want), length(want));
                     prop_assert!(error < 0.01 * length + 0.01, "{error} of {length}");
                 }
                 for threads in [2, 3, 5] {
@@ -1204,8 +1211,7 @@ mod tests {
         let plan = net.plan_in(In::Bf16, Isa::detect(), one);
         let got = on_threads(1, || plan.taps(&image, h, w));
         for (got, want) in got.iter().zip(&want) {
-            let error = got.iter().zip(&want.data).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum::<f64>().sqrt();
-            assert!(error < 0.01 * want.data.iter().map(|v| v * v).sum::<f64>().sqrt(), "{error}");
+            assert!(distance(got, want) < 0.01 * length(want), "{} of {}", distance(got, want), length(want));
         }
         for threads in [2, 4] {
             assert!(on_threads(threads, || plan.taps(&image, h, w)) == got);
