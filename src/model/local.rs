@@ -268,7 +268,7 @@ pub struct LocalNet {
 
 #[derive(Debug)]
 enum Net {
-    SuperPoint(SuperPoint),
+    SuperPoint(Box<SuperPoint>),
     XFeat(XFeat),
 }
 
@@ -278,8 +278,8 @@ impl LocalNet {
     /// Errors: weights of a network that describes no points.
     pub fn new(weights: &LocalWeights) -> Result<Self> {
         let net = match weights.architecture {
-            Architecture::SuperpointVgg => Net::SuperPoint(SuperPoint::vgg(&weights.tensors)?),
-            Architecture::SuperpointSqueeze => Net::SuperPoint(SuperPoint::squeeze(&weights.tensors)?),
+            Architecture::SuperpointVgg => Net::SuperPoint(Box::new(SuperPoint::vgg(&weights.tensors)?)),
+            Architecture::SuperpointSqueeze => Net::SuperPoint(Box::new(SuperPoint::squeeze(&weights.tensors)?)),
             Architecture::Xfeat => Net::XFeat(XFeat::new(&weights.tensors)?),
             Architecture::MagicpointVgg => {
                 return Err(Error::weights("these are MagicPoint's weights: they detect points but do not describe them"))

@@ -79,6 +79,8 @@ fn unsafe_lives_in_kernels_only() {
             "map/codes.rs",
             "map/dot.rs",
             "kernels/bf16.rs",
+            "kernels/conv3x3.rs",
+            "kernels/halves.rs",
             "kernels/int8.rs",
             "kernels/nearest.rs",
             "kernels/winograd.rs",

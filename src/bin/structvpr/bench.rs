@@ -85,7 +85,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         ensure!(args.python.is_file(), "{}: no such Python; run scripts/bench_peers first, or give --python", args.python.display());
     }
     rayon::ThreadPoolBuilder::new().num_threads(args.threads).build_global().context("cannot set the number of threads")?;
-    let machine = format!("{} thread(s), {} rounds, {:?}, {}", args.threads, args.rounds, Isa::detect(), processor());
+    let machine = format!("{} thread(s), {} rounds, {}, {}", args.threads, args.rounds, instructions(), processor());
     if !args.json {
         println!("{machine}");
     }
@@ -130,7 +130,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         say(vec![pipeline(&args)?]);
     }
     if let Some(path) = &args.plot {
-        let title = format!("our time / the peer's, {} thread(s), {}, {:?}", args.threads, processor(), Isa::detect());
+        let title = format!("our time / the peer's, {} thread(s), {}, {}", args.threads, processor(), instructions());
         structvpr::error::write_file(path, plot(&rows, &title)?.as_bytes())?;
     }
     if args.json {
@@ -390,6 +390,11 @@ fn models(args: &Args) -> Result<Vec<Model>> {
 }
 
 /// OpenVINO falls back to f32 without these instructions.
+/// What of the processor's instructions kernels are chosen by.
+fn instructions() -> String {
+    format!("{:?}{}", Isa::detect(), if structvpr::model::kernels::Plan::has_bf16() { " with AMX" } else { "" })
+}
+
 fn has_bf16() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|info| info.contains("avx512_bf16"))
 }

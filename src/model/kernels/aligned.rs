@@ -1,5 +1,7 @@
 //! Memory that begins at a cache line: half of AVX2's loads and all of AVX-512's from elsewhere take two lines each.
 
+use crate::simd::zeroed;
+
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
@@ -27,6 +29,14 @@ impl<T: Copy + Default> Aligned<T> {
         }
     }
 
+    /// The values, moved to the front of their memory.
+    pub fn into_vec(self) -> Vec<T> {
+        let Self { mut data, start, len } = self;
+        data.truncate(start + len);
+        data.drain(..start);
+        data
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }
@@ -37,6 +47,23 @@ impl<T: Copy + Default> Aligned<T> {
 
     pub fn values_mut(&mut self) -> &mut [T] {
         &mut self.data[self.start..][..self.len]
+    }
+}
+
+impl Aligned<f32> {
+    /// [`Self::new`] on huge pages, if the values are many.
+    pub fn large(len: usize) -> Self {
+        let spare = LINE / size_of::<f32>();
+        let data = zeroed(len + spare);
+        let start = data.as_ptr().align_offset(LINE).min(spare);
+        Self { data, start, len }
+    }
+}
+
+/// These, wherever they begin.
+impl<T> From<Vec<T>> for Aligned<T> {
+    fn from(data: Vec<T>) -> Self {
+        Self { start: 0, len: data.len(), data }
     }
 }
 

@@ -34,7 +34,7 @@ pub(super) fn codes16(pixels: usize, channels: usize) -> usize {
 }
 
 /// The nearest bfloat16, the even one of two; what is no number stays so.
-fn rounded16(value: f32) -> u16 {
+pub(super) fn rounded16(value: f32) -> u16 {
     let bits = value.to_bits();
     if value.is_nan() {
         return (bits >> 16) as u16 | 0x40;
@@ -118,7 +118,7 @@ impl Depthwise16 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{depthwise16, encode16, expand16, project16, Tiles};
+pub(super) use x86::{depthwise16, encode16, expand16, line, project16, Tiles};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -199,7 +199,7 @@ mod x86 {
     /// A line of two vectors.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
-    fn line(low: __m512, high: __m512) -> __m512i {
+    pub(in super::super) fn line(low: __m512, high: __m512) -> __m512i {
         // SAFETY: both are 512 bits.
         unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
     }

@@ -6,10 +6,13 @@
 mod aligned;
 mod bf16;
 mod bias_act;
+mod conv3x3;
 mod depthwise;
 mod direct;
 #[cfg(any(test, feature = "cuda"))]
 pub(super) mod gpu;
+#[cfg(target_arch = "x86_64")]
+mod halves;
 mod int8;
 mod nearest;
 mod plan;
@@ -22,12 +25,12 @@ mod winograd;
 
 pub use bf16::bf16;
 pub use bias_act::bias_act;
+pub use conv3x3::Conv3x3;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
 pub use nearest::{nearest, Nearest};
 pub use plan::{Plan, PlanBlock};
 pub use rounding::{rounded_values, Rounded};
-pub use winograd::Conv3x3;
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};
 
@@ -112,7 +115,7 @@ pub(crate) fn contiguous<'a>(
 #[derive(Debug, Default)]
 pub struct FeatureMap {
     /// H x W x C, and what larger maps have left behind.
-    memory: Vec<f32>,
+    memory: aligned::Aligned<f32>,
     /// Rows.
     pub height: usize,
     /// Columns.
@@ -130,32 +133,34 @@ impl FeatureMap {
             let reason = format!("{} values for {height} x {width} of {channels} channels", values.len());
             return Err(crate::error::Error::Image { reason });
         }
-        Ok(Self { memory: values, height, width, channels })
+        Ok(Self { memory: values.into(), height, width, channels })
     }
 
     /// Of this size; what the values are is left open.
     pub(super) fn fit(&mut self, height: usize, width: usize, channels: usize) {
         let n = height * width * channels;
         if self.memory.len() < n {
-            self.memory = crate::simd::zeroed(n);
+            self.memory = aligned::Aligned::large(n);
         }
         (self.height, self.width, self.channels) = (height, width, channels);
     }
 
     /// H x W x C.
     pub fn values(&self) -> &[f32] {
-        &self.memory[..self.height * self.width * self.channels]
+        &self.memory.values()[..self.height * self.width * self.channels]
     }
 
     /// As [`Self::values`].
     pub fn values_mut(&mut self) -> &mut [f32] {
-        &mut self.memory[..self.height * self.width * self.channels]
+        &mut self.memory.values_mut()[..self.height * self.width * self.channels]
     }
 
     /// As [`Self::values`].
-    pub fn into_values(mut self) -> Vec<f32> {
-        self.memory.truncate(self.height * self.width * self.channels);
-        self.memory
+    pub fn into_values(self) -> Vec<f32> {
+        let n = self.height * self.width * self.channels;
+        let mut values = self.memory.into_vec();
+        values.truncate(n);
+        values
     }
 }
 

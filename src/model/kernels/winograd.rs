@@ -1,5 +1,5 @@
 //! 3x3 convolution at stride 1 and padding 1 with bias, ReLU and 2x2 maximum, by Winograd's F(4x4, 3x3)
-//! and F(6x6, 3x3) (Lavin and Gray, CVPR 2016): a quarter and a fifth of the multiplications of the definition. Inference only.
+//! and F(6x6, 3x3) (Lavin and Gray, CVPR 2016): a quarter and a fifth of the multiplications of the definition.
 //!
 //! Channels lie side by side. A row of tiles is worked on in runs: their neighbourhoods, two pixels larger, are transformed to a
 //! plane for each of their values, in each of which the convolution is a matrix product over channels; the products of a group of
@@ -8,14 +8,11 @@
 //! Functions that know the tile are generic over it: `TILE` rows and columns of output, `SEEN` of input, which is `TILE + 2`.
 
 use super::aligned::Aligned;
+use super::conv3x3::{Before, Image, Layer};
 use super::pointwise::{activate, panel, Packed, Pixels, UNIT};
 use super::vector::Vector;
-use super::{channels_last, contiguous, Activation, FeatureMap, Isa};
-use crate::error::{Error, Result};
-use crate::simd::zeroed;
+use super::{Activation, Isa};
 use crate::team::chunks_with;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor};
-use std::sync::Arc;
 
 /// Units of output channels that are transformed back together.
 const GROUP: usize = 4;
@@ -40,15 +37,8 @@ const fn pitch(tile: usize, channels: usize) -> usize {
 }
 
 /// Weights, transformed once.
-#[derive(Clone, Debug)]
-pub struct Conv3x3 {
-    packed: Arc<Transformed>,
-    /// A 3x3 over one plane with ReLU, whose output is this convolution's input and is never whole in memory.
-    before: Option<Arc<Packed>>,
-}
-
 #[derive(Debug)]
-struct Transformed {
+pub(super) struct Winograd {
     /// Of each group of output channels, the matrices of the planes of tiles of 4x4.
     four: Vec<Packed>,
     /// Of tiles of 6x6; none where they would not pay at any size.
@@ -62,33 +52,21 @@ struct Transformed {
     isa: Isa,
 }
 
-impl Conv3x3 {
-    /// Whether this is the kernel for so many input channels: they are whole vectors.
-    pub fn suits(inputs: usize) -> bool {
-        inputs > 0 && inputs.is_multiple_of(UNIT)
-    }
-
-    /// From `weight`, O x I x 3 x 3, and `bias`, O; I a multiple of 16.
-    ///
-    /// Errors: other shapes.
-    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        let isa = Isa::detect();
-        let narrow = weight.dims().iter().take(2).all(|c| *c <= NARROW);
+impl Winograd {
+    /// From `weight`, O x I x 3 x 3, and `bias`, O, for `isa`; I a multiple of 16.
+    pub fn new(weight: &[f32], bias: &[f32], isa: Isa) -> Self {
+        let narrow = bias.len() <= NARROW && weight.len() <= 9 * NARROW * bias.len();
         // With AVX-512 a product takes half as long and a transform, which waits for memory, does not: 1.03 to 1.15 of the time of 4x4
         // on an Intel, one thread.
         Self::on(weight, bias, isa, if narrow && isa != Isa::Avx512 { WIDE } else { usize::MAX })
     }
 
-    /// For `isa`, with tiles of 6x6 for images of `wide` columns and more.
-    fn on(weight: &Tensor, bias: &Tensor, isa: Isa, wide: usize) -> Result<Self> {
-        let (outputs, inputs, h, w) = weight.dims4()?;
-        let (flat, mut bias) = (weight.flatten_all()?.to_vec1::<f32>()?, bias.flatten_all()?.to_vec1::<f32>()?);
-        if (h, w) != (3, 3) || bias.len() != outputs || !Self::suits(inputs) || outputs == 0 {
-            return Err(Error::weights(format!("a 3x3 convolution of weights {:?} and {} biases", weight.dims(), bias.len())));
-        }
+    /// With tiles of 6x6 for images of `wide` columns and more.
+    pub fn on(weight: &[f32], bias: &[f32], isa: Isa, wide: usize) -> Self {
+        let (outputs, inputs) = (bias.len(), weight.len() / (9 * bias.len().max(1)));
         let groups = |points: &[[f64; 3]]| -> Vec<Packed> {
             let mut planes = vec![vec![0f32; outputs * inputs]; points.len() * points.len()];
-            for (at, kernel) in flat.chunks_exact(9).enumerate() {
+            for (at, kernel) in weight.chunks_exact(9).enumerate() {
                 for (plane, value) in planes.iter_mut().zip(transform_kernel(points, kernel)) {
                     plane[at] = value;
                 }
@@ -101,47 +79,50 @@ impl Conv3x3 {
             (0..outputs).step_by(GROUP * UNIT).map(group).collect()
         };
         let (four, six) = (groups(&FOUR), if wide < usize::MAX { groups(&SIX) } else { Vec::new() });
+        let mut bias = bias.to_vec();
         bias.resize(outputs.next_multiple_of(UNIT), 0.0);
-        Ok(Self { packed: Arc::new(Transformed { four, six, wide, bias, inputs, outputs, isa }), before: None })
+        Self { four, six, wide, bias, inputs, outputs, isa }
     }
 
-    /// This after `relu(conv(x) + bias)` of `weight`, I x 1 x 3 x 3, and `bias`, I: x then has one channel. The map between
-    /// the two, the largest of a network on whole images, is made tile by tile.
-    ///
-    /// Errors: other shapes.
-    pub fn after(&self, weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        let bias = bias.flatten_all()?.to_vec1::<f32>()?;
-        if weight.dims() != [self.packed.inputs, 1, 3, 3] || bias.len() != self.packed.inputs {
-            return Err(Error::weights(format!("a first convolution of weights {:?} and {} biases", weight.dims(), bias.len())));
-        }
-        let packed = Packed::new(&weight.flatten_all()?.to_vec1::<f32>()?, &bias, 9, self.packed.isa);
-        Ok(Self { packed: self.packed.clone(), before: Some(Arc::new(packed)) })
+    pub fn isa(&self) -> Isa {
+        self.isa
     }
 
-    /// `activation(conv(x) + bias)`, and of that the largest of each 2x2 with `pool` (an odd last row or column is
-    /// dropped, as in PyTorch).
-    ///
-    /// `x`: N x I x H x W f32. Returns N x O x H x W, halved with `pool`, channels last in memory.
-    pub fn forward(&self, x: &Tensor, activation: Activation, pool: bool) -> Result<Tensor> {
-        let y = channels_last(x)?.apply_op1_no_bwd(&self.op(activation, pool))?;
-        Ok(y.permute((0, 3, 1, 2))?)
+    /// `layer` of one image, every value of `out`.
+    pub fn image(&self, layer: Layer, image: Image, out: &mut [f32]) {
+        let scale = layer.scale();
+        let six = image.width >= self.wide;
+        let tile = if six { 6 } else { 4 };
+        let op = Op { packed: self, layer };
+        chunks_with(out, tile / scale * (image.width / scale) * self.outputs, Scratch::default, |scratch, row, out| {
+            scratch.fit(op, tile);
+            match (self.isa, six) {
+                // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512, false) => unsafe { tile_row_avx512::<4, 6>(op, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx512, true) => unsafe { tile_row_avx512::<6, 8>(op, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, false) => unsafe { tile_row_avx2::<4, 6>(op, image, row, scratch, out) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                (Isa::Avx2, true) => unsafe { tile_row_avx2::<6, 8>(op, image, row, scratch, out) },
+                // SAFETY: plain arrays need no instruction set.
+                (_, false) => unsafe { tile_row::<[f32; 4], 4, 6>(op, image, row, scratch, out) },
+                // SAFETY: as above.
+                (_, true) => unsafe { tile_row::<[f32; 4], 6, 8>(op, image, row, scratch, out) },
+            }
+        });
     }
+}
 
-    /// [`Self::forward`] of one image, into memory that is there.
-    ///
-    /// Errors: another number of channels.
-    pub fn run(&self, x: &FeatureMap, activation: Activation, pool: bool, out: &mut FeatureMap) -> Result<()> {
-        let op = self.op(activation, pool);
-        op.check(x.channels)?;
-        let scale = if pool { 2 } else { 1 };
-        out.fit(x.height / scale, x.width / scale, self.packed.outputs);
-        op.image(x.values(), (x.height, x.width), out.values_mut());
-        Ok(())
-    }
-
-    fn op(&self, activation: Activation, pool: bool) -> Op {
-        Op { packed: self.packed.clone(), before: self.before.clone(), activation, pool }
-    }
+/// What a row of tiles is made with.
+#[derive(Clone, Copy)]
+struct Op<'a> {
+    packed: &'a Winograd,
+    layer: Layer<'a>,
 }
 
 /// `G` of tiles of 4x4, of the points 0, 1, -1, 2, -2 and infinity.
@@ -172,104 +153,6 @@ fn transform_kernel<'a>(points: &'a [[f64; 3]], kernel: &'a [f32]) -> impl Itera
     rows.flat_map(|row| points.iter().map(move |g| (0..3).map(|c| row[c] * g[c]).sum::<f64>() as f32))
 }
 
-struct Op {
-    packed: Arc<Transformed>,
-    before: Option<Arc<Packed>>,
-    activation: Activation,
-    pool: bool,
-}
-
-impl CustomOp1 for Op {
-    fn name(&self) -> &'static str {
-        "conv3x3"
-    }
-
-    /// N x H x W x I to N x H x W x O.
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (n, height, width, inputs) = layout.shape().dims4()?;
-        self.check(inputs)?;
-        let x = contiguous(self.name(), storage, layout)?;
-        let scale = if self.pool { 2 } else { 1 };
-        let (h, w, outputs) = (height / scale, width / scale, self.packed.outputs);
-        let mut out = zeroed(n * h * w * outputs);
-        if !out.is_empty() {
-            for (x, out) in x.chunks_exact(height * width * inputs).zip(out.chunks_exact_mut(h * w * outputs)) {
-                self.image(x, (height, width), out);
-            }
-        }
-        Ok((CpuStorage::F32(out), Shape::from((n, h, w, outputs))))
-    }
-}
-
-impl Op {
-    fn check(&self, inputs: usize) -> candle_core::Result<()> {
-        let wanted = if self.before.is_some() { 1 } else { self.packed.inputs };
-        if inputs != wanted {
-            candle_core::bail!("conv3x3: {inputs} input channels, the weights have {wanted}");
-        }
-        Ok(())
-    }
-
-    /// Of one image, every value of `out`.
-    fn image(&self, x: &[f32], (height, width): (usize, usize), out: &mut [f32]) {
-        let (scale, channels) = (if self.pool { 2 } else { 1 }, if self.before.is_some() { 1 } else { self.packed.inputs });
-        if out.is_empty() {
-            return;
-        }
-        let image = Image { x, height, width, channels, window: Window { y: 0, x: 0, pitch: width } };
-        let six = width >= self.packed.wide;
-        let tile = if six { 6 } else { 4 };
-        chunks_with(out, tile / scale * (width / scale) * self.packed.outputs, Scratch::default, |scratch, row, out| {
-            scratch.fit(self, tile);
-            match (self.packed.isa, six) {
-                // SAFETY: the weights were packed for what `Isa::detect` found on this processor, or for less.
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512, false) => unsafe { tile_row_avx512::<4, 6>(self, image, row, scratch, out) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx512, true) => unsafe { tile_row_avx512::<6, 8>(self, image, row, scratch, out) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, false) => unsafe { tile_row_avx2::<4, 6>(self, image, row, scratch, out) },
-                // SAFETY: as above.
-                #[cfg(target_arch = "x86_64")]
-                (Isa::Avx2, true) => unsafe { tile_row_avx2::<6, 8>(self, image, row, scratch, out) },
-                // SAFETY: plain arrays need no instruction set.
-                (_, false) => unsafe { tile_row::<[f32; 4], 4, 6>(self, image, row, scratch, out) },
-                // SAFETY: as above.
-                (_, true) => unsafe { tile_row::<[f32; 4], 6, 8>(self, image, row, scratch, out) },
-            }
-        });
-    }
-}
-
-/// One image, channels side by side, or a window of it.
-#[derive(Clone, Copy)]
-struct Image<'a> {
-    x: &'a [f32],
-    /// Of the whole.
-    height: usize,
-    width: usize,
-    channels: usize,
-    window: Window,
-}
-
-/// The pixel that is first in memory, and how many lie between two rows.
-#[derive(Clone, Copy)]
-struct Window {
-    y: usize,
-    x: usize,
-    pitch: usize,
-}
-
-impl<'a> Image<'a> {
-    /// From pixel (y, x) on, which is inside.
-    #[inline(always)]
-    fn at(&self, y: usize, x: usize) -> &'a [f32] {
-        &self.x[((y - self.window.y) * self.window.pitch + x - self.window.x) * self.channels..]
-    }
-}
-
 /// What a thread needs beside its input and output.
 #[derive(Default)]
 struct Scratch {
@@ -280,19 +163,15 @@ struct Scratch {
     zeros: Vec<f32>,
     /// The neighbourhood of a tile at the image's edge.
     edge: Vec<f32>,
-    /// What the convolution before gives for a part of a run, and what that sees.
-    window: Aligned<f32>,
-    seen: Vec<f32>,
+    /// For what the convolution before gives for a part of a run.
+    before: Before,
 }
 
 impl Scratch {
-    fn fit(&mut self, op: &Op, tile: usize) {
+    fn fit(&mut self, op: Op, tile: usize) {
         let (inputs, seen) = (op.packed.inputs, tile + 2);
-        if op.before.is_some() {
-            // Pixels of a part's input along a row.
-            let across = tile * PART + 2;
-            self.window.fit(seen * across * inputs);
-            self.seen.resize((seen + 2) * (across + 2), 0.0);
+        if op.layer.before.is_some() {
+            self.before.fit(seen, tile * PART + 2, inputs);
         }
         self.input.fit(seen * seen * pitch(tile, inputs));
         self.product.fit(seen * seen * pitch(tile, GROUP * UNIT));
@@ -303,14 +182,14 @@ impl Scratch {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn tile_row_avx512<const TILE: usize, const SEEN: usize>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+unsafe fn tile_row_avx512<const TILE: usize, const SEEN: usize>(op: Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: the features of this function.
     unsafe { tile_row::<std::arch::x86_64::__m512, TILE, SEEN>(op, image, row, scratch, out) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn tile_row_avx2<const TILE: usize, const SEEN: usize>(op: &Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
+unsafe fn tile_row_avx2<const TILE: usize, const SEEN: usize>(op: Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: the features of this function.
     unsafe { tile_row::<std::arch::x86_64::__m256, TILE, SEEN>(op, image, row, scratch, out) }
 }
@@ -322,7 +201,7 @@ unsafe fn tile_row_avx2<const TILE: usize, const SEEN: usize>(op: &Op, image: Im
 /// The processor has the instruction set of `V`, for which the weights were packed; `scratch` fits.
 #[inline(always)]
 unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
-    op: &Op,
+    op: Op,
     image: Image,
     row: usize,
     scratch: &mut Scratch,
@@ -331,8 +210,8 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
     let inputs = op.packed.inputs;
     let (tiles, run, count) = (image.width.div_ceil(TILE), run_of(TILE), SEEN * SEEN);
     let groups = if TILE == 4 { &op.packed.four } else { &op.packed.six };
-    let Scratch { input, product, zeros, edge, window, seen } = scratch;
-    let (input, product, window) = (input.values_mut(), product.values_mut(), window.values_mut());
+    let Scratch { input, product, zeros, edge, before: window } = scratch;
+    let (input, product) = (input.values_mut(), product.values_mut());
     let mut first = 0;
     while first < tiles {
         let n = (tiles - first).min(run);
@@ -340,10 +219,12 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
         unsafe {
             for from in (0..n).step_by(PART) {
                 let to = (from + PART).min(n);
-                let source = match &op.before {
+                let source = match op.layer.before {
                     Some(before) => {
-                        let place = (TILE * row, TILE * (first + from), TILE * (to - from));
-                        before_run::<V, TILE>(before, image, place, seen, window)
+                        let (y, x) = (TILE * row, TILE * (first + from));
+                        let rows = y.saturating_sub(1)..(y + TILE + 1).min(image.height);
+                        let columns = x.saturating_sub(1)..(x + TILE * (to - from) + 1).min(image.width);
+                        window.part::<V>(before, image, rows, columns)
                     }
                     None => image,
                 };
@@ -356,7 +237,7 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
                     }
                 }
             }
-            let side = if op.pool { TILE / 2 } else { TILE };
+            let side = if op.layer.pool { TILE / 2 } else { TILE };
             let width = image.width / (TILE / side);
             // Of the next run that this thread may well have: of this row, or the first of one that no other thread has yet.
             let (next, after) = if first + n < tiles { (first + n, row) } else { (0, row + rayon::current_num_threads()) };
@@ -368,7 +249,7 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
                     if V::LANES < UNIT {
                         // While there is much to do with little of it, memory is asked for what comes next: the pixels of the next run,
                         let (y, x) = ((TILE * after + p / SEEN).wrapping_sub(1), TILE * next);
-                        if last && op.before.is_none() && x < image.width && y < image.height {
+                        if last && op.layer.before.is_none() && x < image.width && y < image.height {
                             let part = (at % (SEEN * panels), SEEN * panels);
                             ask::<V>(image.at(y, x).as_ptr(), (inputs, inputs), (TILE * run).min(image.width - x), part);
                         }
@@ -384,7 +265,7 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
                 }
                 for t in 0..n {
                     let place = Place { tile: first + t, t, width, first: g * GROUP * UNIT, channels };
-                    match (channels == GROUP * UNIT, op.pool) {
+                    match (channels == GROUP * UNIT, op.layer.pool) {
                         (true, true) => transform_output::<V, TILE, SEEN, { GROUP * UNIT }, true>(op, place, product, out),
                         (true, false) => transform_output::<V, TILE, SEEN, { GROUP * UNIT }, false>(op, place, product, out),
                         (false, true) => transform_output::<V, TILE, SEEN, 0, true>(op, place, product, out),
@@ -395,44 +276,6 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
         }
         first += n;
     }
-}
-
-/// The input of a run of tiles whose output begins at `y`, `x` and is `across` wide, from the plane before.
-///
-/// # Safety
-///
-/// The processor has the instruction set of `V`, for which `packed` was packed.
-#[inline(always)]
-unsafe fn before_run<'a, V: Vector, const TILE: usize>(
-    packed: &Packed,
-    plane: Image,
-    (y, x, across): (usize, usize, usize),
-    seen: &mut [f32],
-    window: &'a mut [f32],
-) -> Image<'a> {
-    let (top, left) = (y.saturating_sub(1), x.saturating_sub(1));
-    let (bottom, right) = ((y + TILE + 1).min(plane.height), (x + across + 1).min(plane.width));
-    let (channels, pitch) = (packed.outputs, right - left);
-    // What of the plane is seen, with zeros around it.
-    let row = pitch + 2;
-    for (at, line) in seen.chunks_exact_mut(row).take(bottom - top + 2).enumerate() {
-        line.fill(0.0);
-        let sy = (top + at).wrapping_sub(1);
-        if sy < plane.height {
-            let (from, to) = (left.saturating_sub(1), (right + 1).min(plane.width));
-            line[from + 1 - left..][..to - from].copy_from_slice(&plane.at(sy, from)[..to - from]);
-        }
-    }
-    for at in 0..bottom - top {
-        let (seen, out) = (&seen[at * row..][..3 * row], &mut window[at * pitch * channels..][..pitch * channels]);
-        // A patch is three values of each of three rows.
-        let patches = Pixels { data: seen, stride: 1, lines: Some([3, 3, row]) };
-        for p in 0..packed.panels() {
-            // SAFETY: the caller's promise.
-            unsafe { panel::<V>(packed, p, pitch, patches, None, Activation::Relu, out) }
-        }
-    }
-    Image { x: window, height: plane.height, width: plane.width, channels, window: Window { y: top, x: left, pitch } }
 }
 
 /// The body once for each number, which it then knows.
@@ -652,7 +495,7 @@ struct Place {
 /// The processor has the instruction set of `V`.
 #[inline(always)]
 unsafe fn transform_output<V: Vector, const TILE: usize, const SEEN: usize, const CHANNELS: usize, const POOL: bool>(
-    op: &Op,
+    op: Op,
     Place { tile, t, width, first, channels }: Place,
     product: &[f32],
     out: &mut [f32],
@@ -705,14 +548,14 @@ unsafe fn transform_output<V: Vector, const TILE: usize, const SEEN: usize, cons
                         unrolled!(J in 0 1 2 {
                             if J < side {
                                 let (l, r) = (top[2 * J].largest(bottom[2 * J]), top[2 * J + 1].largest(bottom[2 * J + 1]));
-                                line[J] = activate(l.largest(r).add(bias), op.activation);
+                                line[J] = activate(l.largest(r).add(bias), op.layer.activation);
                             }
                         });
                     } else {
                         line = backwards(across(&columns, I));
                         unrolled!(J in 0 1 2 3 4 5 {
                             if J < TILE {
-                                line[J] = activate(line[J].add(bias), op.activation);
+                                line[J] = activate(line[J].add(bias), op.layer.activation);
                             }
                         });
                     }
@@ -737,86 +580,5 @@ unsafe fn transform_output<V: Vector, const TILE: usize, const SEEN: usize, cons
                 }
             });
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::kernels::noise;
-    use candle_core::Device;
-    use proptest::prelude::*;
-
-    /// Each instruction set, with tiles of 4x4 and with tiles of 6x6.
-    fn kernels() -> impl Iterator<Item = (Isa, usize)> {
-        Isa::available().into_iter().flat_map(|isa| [(isa, usize::MAX), (isa, 1)])
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(40))]
-        /// Equal to Candle's own convolution, on every instruction set, at every size.
-        #[test]
-        fn equals_the_definition(
-            seed in 0u64..1000,
-            n in 1usize..3,
-            i in prop::sample::select(vec![16usize, 32, 48, 64, 128]),
-            o in prop_oneof![1usize..20, 60usize..140],
-            h in 1usize..40,
-            w in 1usize..150,
-            pool: bool,
-        ) {
-            let (x, k, b) = (noise(seed, &[n, i, h, w]), noise(seed + 1, &[o, i, 3, 3]), noise(seed + 2, &[o]));
-            let mut want = x.conv2d(&k, 1, 1, 1, 1).unwrap().broadcast_add(&b.reshape((1, o, 1, 1)).unwrap()).unwrap().relu().unwrap();
-            if pool && h > 1 && w > 1 {
-                want = want.max_pool2d(2).unwrap();
-            }
-            for (isa, wide) in kernels() {
-                let got = Conv3x3::on(&k, &b, isa, wide).unwrap().forward(&x, Activation::Relu, pool).unwrap();
-                if pool && (h == 1 || w == 1) {
-                    prop_assert_eq!(got.elem_count(), 0);
-                    continue;
-                }
-                prop_assert_eq!(got.dims(), want.dims());
-                let worst = (got - &want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                prop_assert!(worst < 1e-4 * (i as f32).sqrt(), "{isa:?}, {wide}: {worst}");
-            }
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(20))]
-        /// Two convolutions in one are the two.
-        #[test]
-        fn after_another_equals_one_after_the_other(seed in 0u64..1000, h in 1usize..30, w in 1usize..220, o in 1usize..20, pool: bool) {
-            let (x, k1, b1) = (noise(seed, &[1, 1, h, w]), noise(seed + 1, &[32, 1, 3, 3]), noise(seed + 2, &[32]));
-            let (k2, b2) = (noise(seed + 3, &[o, 32, 3, 3]), noise(seed + 4, &[o]));
-            let middle = x.conv2d(&k1, 1, 1, 1, 1).unwrap().broadcast_add(&b1.reshape((1, 32, 1, 1)).unwrap()).unwrap().relu().unwrap();
-            for (isa, wide) in kernels() {
-                let second = Conv3x3::on(&k2, &b2, isa, wide).unwrap();
-                let want = second.forward(&middle, Activation::Relu, pool).unwrap();
-                let got = second.after(&k1, &b1).unwrap().forward(&x, Activation::Relu, pool).unwrap();
-                prop_assert_eq!(got.dims(), want.dims());
-                if want.elem_count() > 0 {
-                    let worst = (got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-                    prop_assert!(worst < 1e-3, "{isa:?}, {wide}: {worst}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_wide_image_and_nan_are_kept() {
-        let (x, k, b) = (noise(1, &[1, 16, 9, 700]), noise(2, &[3, 16, 3, 3]), noise(3, &[3]));
-        let want = x.conv2d(&k, 1, 1, 1, 1).unwrap().broadcast_add(&b.reshape((1, 3, 1, 1)).unwrap()).unwrap();
-        let got = Conv3x3::new(&k, &b).unwrap().forward(&x, Activation::None, false).unwrap();
-        assert!((got - want).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() < 1e-4);
-        let bad = Tensor::full(f32::NAN, (1, 16, 8, 8), &Device::Cpu).unwrap();
-        for (isa, wide) in kernels() {
-            let out = Conv3x3::on(&k, &b, isa, wide).unwrap().forward(&bad, Activation::Relu, true).unwrap();
-            assert!(out.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_nan()), "{isa:?}, {wide}");
-        }
-        let e = Conv3x3::new(&k, &noise(1, &[2])).unwrap_err().to_string();
-        assert!(e.contains("[3, 16, 3, 3]") && e.contains("2 biases"), "{e}");
-        assert!(Conv3x3::new(&k, &b).unwrap().forward(&noise(1, &[1, 5, 8, 8]), Activation::None, false).is_err());
     }
 }
