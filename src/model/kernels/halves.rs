@@ -30,8 +30,8 @@ const TILE: usize = UNIT * LINE;
 /// Weights in two halves, and biases.
 #[derive(Debug)]
 pub(super) struct Halves {
-    pub inputs: usize,
-    pub outputs: usize,
+    inputs: usize,
+    outputs: usize,
     /// Two units of outputs after two; of these, line by line of inputs, row by row and column by column of the kernel, the tiles of both units'
     /// lower and of their upper halves.
     weights: Aligned<u16>,
