@@ -325,6 +325,57 @@ fn the_squeeze_network_and_xfeat_agree_with_onnx_runtime_on_a_photograph() {
     assert!(off < 1e-3, "{off}");
 }
 
+/// Points that one kernel of the convolutions finds and the other does not are ties: another point's score is as good, where only so many are
+/// kept or where one of two neighbours is.
+#[test]
+fn kernels_find_the_same_points_but_for_ties() {
+    if !super::kernels::Plan::has_bf16() {
+        eprintln!("skipped: kernels_find_the_same_points_but_for_ties: this processor has no AMX, and one kernel");
+        return;
+    }
+    const TIE: f32 = 1e-3;
+    let (Some(folder), Some(squeeze), Some(xfeat)) = (shared("data/camvid/images"), real("sp_squeeze_b1.onnx"), real("xfeat_vga.onnx"))
+    else {
+        return;
+    };
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    for weights in [squeeze, xfeat] {
+        let net = LocalNet::new(&weights).unwrap();
+        let other = super::kernels::by_winograd(|| LocalNet::new(&weights)).unwrap();
+        let detection = Detection::of(weights.architecture, 800);
+        let (mut shared, mut ties) = (0, 0);
+        for path in files.iter().step_by(80) {
+            let image = RgbImage::decode(&std::fs::read(path).unwrap()).unwrap().resize_area(640, 480).unwrap();
+            let luma = image.luma().unwrap().into_iter().map(|v| f32::from(v) / 255.0).collect::<Vec<f32>>();
+            let x = Tensor::from_vec(luma, (1, 1, 480, 640), &Device::Cpu).unwrap();
+            let find = |net: &LocalNet| points(&net.dense(&x).unwrap(), weights.architecture, &detection).unwrap();
+            let (one, two) = (find(&net), find(&other));
+            assert!(one.1 != two.1, "not two kernels");
+            for (a, b) in [(&one, &two), (&two, &one)] {
+                let last = b.1.last().copied().unwrap();
+                for (i, (p, score)) in a.0.iter().zip(&a.1).enumerate() {
+                    if let Some(j) = b.0.iter().position(|q| q == p) {
+                        assert!((score - b.1[j]).abs() < TIE * score, "{p:?}: {score} and {}", b.1[j]);
+                        let dim = net.dim();
+                        let off = (0..dim).map(|k| (a.2[i * dim + k] - b.2[j * dim + k]).abs()).fold(0f32, f32::max);
+                        assert!(off < 1e-4, "{p:?}: {off}");
+                        shared += 1;
+                        continue;
+                    }
+                    let reach = 2.0 * detection.radius as f32;
+                    let near = |q: &[f32; 2]| (q[0] - p[0]).abs() <= reach && (q[1] - p[1]).abs() <= reach;
+                    let rival = b.0.iter().zip(&b.1).any(|(q, s)| near(q) && (s - score).abs() < TIE * score);
+                    assert!(rival || (score - last).abs() < TIE * score, "{p:?} of {score} is no tie; the last is {last}");
+                    ties += 1;
+                }
+            }
+        }
+        println!("{:?}: {} points shared, {ties} ties", weights.architecture, shared / 2);
+        assert!(shared > 100 * ties);
+    }
+}
+
 #[test]
 fn magicpoints_real_weights_agree_with_pytorch_layer_by_layer() {
     let (Some(x), Some(weights)) = (photograph(), real("magicpoint_vgg.pth")) else { return };

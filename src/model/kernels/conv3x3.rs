@@ -38,7 +38,7 @@ impl Kernel {
     /// The fastest that this processor has.
     fn new(weight: &[f32], bias: &[f32]) -> Self {
         #[cfg(target_arch = "x86_64")]
-        if super::bf16::tiles() {
+        if super::bf16::tiles() && !without_tiles() {
             return Self::Halves(Halves::new(weight, bias));
         }
         Self::Winograd(Winograd::new(weight, bias, Isa::detect()))
@@ -52,6 +52,31 @@ impl Kernel {
             Self::Halves(_) => Isa::Avx512,
         }
     }
+}
+
+#[cfg(all(target_arch = "x86_64", not(test)))]
+const fn without_tiles() -> bool {
+    false
+}
+
+/// Whether this thread's convolutions are to be made for vectors alone.
+#[cfg(all(target_arch = "x86_64", test))]
+fn without_tiles() -> bool {
+    WITHOUT_TILES.get()
+}
+
+#[cfg(test)]
+thread_local! {
+    static WITHOUT_TILES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// What `make` returns, where its convolutions are made as for a processor without AMX.
+#[cfg(test)]
+pub(in crate::model) fn by_winograd<T>(make: impl FnOnce() -> T) -> T {
+    WITHOUT_TILES.set(true);
+    let made = make();
+    WITHOUT_TILES.set(false);
+    made
 }
 
 impl Conv3x3 {
@@ -275,6 +300,10 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         if crate::model::kernels::bf16::tiles() {
             all.push(("halves".into(), Box::new(|weight: &[f32], bias: &[f32]| Kernel::Halves(Halves::new(weight, bias)))));
+        }
+        static SAID: std::sync::Once = std::sync::Once::new();
+        if all.iter().all(|(name, _)| name != "halves") {
+            SAID.call_once(|| eprintln!("skipped: this processor has no AMX, so halves.rs is not tested"));
         }
         all
     }

@@ -25,6 +25,8 @@ mod winograd;
 
 pub use bf16::bf16;
 pub use bias_act::bias_act;
+#[cfg(test)]
+pub(in crate::model) use conv3x3::by_winograd;
 pub use conv3x3::Conv3x3;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
