@@ -389,12 +389,12 @@ fn models(args: &Args) -> Result<Vec<Model>> {
     sizes.into_iter().map(of).collect()
 }
 
-/// OpenVINO falls back to f32 without these instructions.
 /// What of the processor's instructions kernels are chosen by.
 fn instructions() -> String {
     format!("{:?}{}", Isa::detect(), if structvpr::model::kernels::Plan::has_bf16() { " with AMX" } else { "" })
 }
 
+/// OpenVINO falls back to f32 without these instructions.
 fn has_bf16() -> bool {
     std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|info| info.contains("avx512_bf16"))
 }

@@ -1,8 +1,8 @@
 //! 3x3 convolution at stride 1 and padding 1 with bias, activation and 2x2 maximum, on the kernel that suits the processor. Inference
 //! only.
 //!
-//! Channels lie side by side. What a kernel writes may be the only map in memory: where the input comes from one plane, as a network's first
-//! two layers on grey images, the map between the two is made part by part where it is read.
+//! Channels lie side by side. Where the input comes from a 3x3 over one plane, as in the first two layers of a network on grey images, the
+//! map between the two, which is the network's largest, is never whole in memory: it is made part by part where it is read.
 
 use super::aligned::Aligned;
 #[cfg(target_arch = "x86_64")]

@@ -32,8 +32,8 @@ const TILE: usize = UNIT * LINE;
 pub(super) struct Halves {
     inputs: usize,
     outputs: usize,
-    /// Two units of outputs after two; of these, line by line of inputs, row by row and column by column of the kernel, the tiles of both units'
-    /// lower and of their upper halves.
+    /// Two units of outputs after two; of these, line by line of inputs, row by row and column by column of the kernel, the tiles of
+    /// both units' lower and of their upper halves.
     weights: Aligned<u16>,
     bias: Aligned<f32>,
 }
@@ -169,8 +169,8 @@ fn widened(codes: __m256i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(codes)))
 }
 
-/// Row `row` of a run of `across` pixels, of which and of the pixels on either side those from `first` on are inside: `values`, each with
-/// `op.inputs` channels, whole units. The others are zero.
+/// Row `row` of a run of `across` pixels, of which and of the pixels on either side those from `first` on are inside: `values`, each
+/// with `op.inputs` channels, whole units. The others are zero.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn encode(op: &Halves, codes: &mut Codes, row: usize, across: usize, first: usize, values: &[f32]) {
     let (inputs, rows) = (op.inputs, codes.rows);
@@ -321,8 +321,8 @@ macro_rules! step {
     };
 }
 
-/// Sums of two rows of 16 pixels and two units of outputs begin with the bias. In assembly, for the compiler has no types for tiles yet,
-/// and uses none: they stay as they are until [`end`].
+/// Sums of two rows of 16 pixels and two units of outputs begin with the bias. In assembly, for the compiler has no types for tiles
+/// yet, and uses none: they stay as they are until [`end`].
 ///
 /// # Safety
 ///
