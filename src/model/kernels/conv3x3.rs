@@ -37,8 +37,12 @@ enum Kernel {
 impl Kernel {
     /// The fastest that this processor has.
     fn new(weight: &[f32], bias: &[f32]) -> Self {
+        #[cfg(test)]
+        if WITHOUT_TILES.get() {
+            return Self::Winograd(Winograd::new(weight, bias, Isa::detect()));
+        }
         #[cfg(target_arch = "x86_64")]
-        if super::bf16::tiles() && !without_tiles() {
+        if super::bf16::tiles() {
             return Self::Halves(Halves::new(weight, bias));
         }
         Self::Winograd(Winograd::new(weight, bias, Isa::detect()))
@@ -54,19 +58,9 @@ impl Kernel {
     }
 }
 
-#[cfg(all(target_arch = "x86_64", not(test)))]
-const fn without_tiles() -> bool {
-    false
-}
-
-/// Whether this thread's convolutions are to be made for vectors alone.
-#[cfg(all(target_arch = "x86_64", test))]
-fn without_tiles() -> bool {
-    WITHOUT_TILES.get()
-}
-
 #[cfg(test)]
 thread_local! {
+    /// Whether this thread's convolutions are to be made for vectors alone.
     static WITHOUT_TILES: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
