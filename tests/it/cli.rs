@@ -108,7 +108,10 @@ fn eval_describe_and_compare_agree_with_each_other() {
         serde_json::from_str(&ok(&["compare", "--dataset", &dataset, "--method", "shipped", "--method", &format!("file={npz}"), "--json"]))
             .unwrap();
     assert_eq!(rows["shipped"]["recall"], rows["file"]["recall"]);
-    assert!(ok(&["compare", "--dataset", &dataset, "--method", &format!("file={npz}")]).contains("R@20"));
+    assert_eq!((&rows["shipped"]["model"], &rows["file"]["descriptors"]), (&report["model"], &npz.clone().into()));
+    assert!(rows["shipped"]["time"]["median_ms"].as_f64().unwrap() > 0.0 && rows["file"]["time"].is_null(), "{rows}");
+    let table = ok(&["compare", "--dataset", &dataset, "--method", &format!("file={npz}")]);
+    assert!(table.contains("R@20") && !table.contains("thread"), "{table}");
     let said = ok(&["describe", &p("day"), "--out", &p("d.npz")]);
     assert!(said.starts_with("60 descriptors of 448 dimensions"), "{said}");
     assert_eq!(std::fs::read_to_string(dir.path().join("d.csv")).unwrap().lines().count(), 61);
@@ -131,6 +134,37 @@ np.save(sys.argv[2] + '/q.npy', d['query'].astype(np.float64) * 3); np.save(sys.
         .unwrap();
         assert_eq!(npy["recall"], report["recall"]);
     }
+}
+
+#[test]
+fn compare_sets_what_a_reduced_precision_costs_beside_the_time_it_saves() {
+    let dir = tempfile::tempdir().unwrap();
+    drives(dir.path());
+    let p = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
+    let dataset = format!("traverse:{}:{},tolerance=0", p("dusk"), p("day"));
+    let compare = ["compare", "--dataset", &dataset, "--method", "shipped", "--compute"];
+    let with = |more: &[&'static str]| [&compare, more].concat();
+    let rows: serde_json::Value = serde_json::from_str(&ok(&with(&["f32,bf16,int8", "--json"]))).unwrap();
+    let amx = structvpr::model::kernels::Plan::has_bf16();
+    for (name, computes) in [("f32", "f32"), ("bf16", if amx { "bf16" } else { "f32" }), ("int8", "int8")] {
+        let row = &rows[format!("shipped@{name}")];
+        // What was asked for is the name, what was done is beside it.
+        assert_eq!(row["time"]["compute"], computes);
+        assert!(row["time"]["median_ms"].as_f64().unwrap() > 0.0, "{row}");
+        // Each is scored by its own descriptors.
+        let alone = ok(&["eval", "--dataset", &dataset, "--compute", name, "--json"]);
+        assert_eq!(row["recall"], serde_json::from_str::<serde_json::Value>(&alone).unwrap()["recall"]);
+    }
+    let table = ok(&with(&["f32,int8"]));
+    let line = |name: &str| table.lines().find(|l| l.starts_with(name)).unwrap_or_else(|| panic!("{table}")).to_string();
+    assert!(line("shipped@f32").ends_with(" f32") && line("shipped@int8").ends_with(" int8"), "{table}");
+    // A row would hide another.
+    for twice in [with(&["f32,f32"]), with(&["f32", "--method", "shipped"])] {
+        let said = fails(&twice);
+        assert!(said.contains("two methods are named shipped"), "{said}");
+    }
+    let said = fails(&with(&["f32,f16"]));
+    assert!(said.contains("f16 wants --device cuda:0"), "{said}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! A peer is a Python program that does one round for each line it reads and answers with the
 //! seconds it took. Our rounds and the peer's take turns, so that both see the same machine.
 
-use crate::common::{self, ComputeArg};
+use crate::common::{self, median, ComputeArg};
 use anyhow::{ensure, Context, Result};
 use candle_core::{Device, Tensor};
 use clap::builder::TypedValueParser;
@@ -203,11 +203,6 @@ fn processor() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = info.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':').map(|(_, n)| n.trim().to_string()));
     name.unwrap_or_else(|| "processor unknown".into())
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
 }
 
 fn row(what: String, mut ours: Vec<f64>, peer: Option<(&str, Vec<f64>)>, check: Option<String>) -> Row {

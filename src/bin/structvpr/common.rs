@@ -15,19 +15,34 @@ use structvpr::rerank::Reranker;
 
 /// Loads `path`, or the shipped model, whose name is then printed.
 pub fn load_model(path: Option<&Path>, on: ComputeArg) -> Result<Model> {
-    let model = match path {
-        Some(path) => Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?,
-        None => {
-            let model = Model::shipped().context("the shipped model")?;
-            eprintln!("model: {} (shipped; choose another with --model)", model.identity().name);
-            model
-        }
-    };
-    let model = model.on(on.device, on.compute)?;
-    if model.precision() != on.compute {
-        eprintln!("--compute {}: this processor has no AMX; computing in {}", on.compute, model.precision());
+    let model = open_model(path)?;
+    if path.is_none() {
+        eprintln!("model: {} (shipped; choose another with --model)", model.identity().name);
+    }
+    compute_on(model, on.device, on.compute)
+}
+
+/// Reads `path`, or the shipped model.
+pub fn open_model(path: Option<&Path>) -> Result<Model> {
+    match path {
+        Some(path) => Ok(Model::from_bytes(&read_file(path)?).map_err(|e| e.at(path))?),
+        None => Model::shipped().context("the shipped model"),
+    }
+}
+
+/// The model there, in that precision; says so if it is another.
+pub fn compute_on(model: Model, device: ComputeDevice, compute: Precision) -> Result<Model> {
+    let model = model.on(device, compute)?;
+    if model.precision() != compute {
+        eprintln!("--compute {compute}: this processor has no AMX; computing in {}", model.precision());
     }
     Ok(model)
+}
+
+/// The middle of the times; 0 of none.
+pub fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 /// Where a model runs and what it computes in, as several commands take it.
