@@ -6,8 +6,12 @@
 
 mod area;
 mod glance;
+mod rows;
 
 pub use glance::Glance;
+pub use rows::{RowScratch, Rows};
+
+use area::Area;
 
 use crate::error::{Error, Result};
 use opencv::boxed_ref::BoxedRef;
@@ -217,22 +221,29 @@ impl RgbImage {
         Self::new(width, height, data)
     }
 
-    /// Area-averaged resize (OpenCV's INTER_AREA).
+    /// Area-averaged resize: OpenCV's INTER_AREA, which does it where the image grows.
     pub fn resize_area(&self, width: u32, height: u32) -> Result<Self> {
         check_size(width.into(), height.into())?;
         if (width, height) == (self.width, self.height) {
             return Ok(self.clone());
         }
-        // Cameras' sizes are whole multiples of networks', mostly.
-        let (w, h) = ((self.width / width) as usize, (self.height / height) as usize);
-        if (width as usize * w, height as usize * h) == (self.width as usize, self.height as usize) {
-            if let Some(data) = area::shrink(&self.data, self.width as usize, w, h) {
-                return Self::new(width, height, data);
-            }
+        let (from, to) = ((self.width as usize, self.height as usize), (width as usize, height as usize));
+        if let Some(area) = Area::new(from, to) {
+            let (mut data, mut scratch) = (vec![0; 3 * to.0 * to.1], area::Scratch::default());
+            data.chunks_exact_mut(3 * to.0).enumerate().for_each(|(y, row)| area.row(&self.data, y, &mut scratch, row));
+            return Self::new(width, height, data);
         }
         let size = Size::new(width as i32, height as i32);
         let out = self.converted(|image, out| imgproc::resize(image, out, size, 0.0, 0.0, imgproc::INTER_AREA))?;
         Self::new(width, height, out.data_bytes()?.to_vec())
+    }
+
+    /// The image at another size, row by row as three planes of f32: each value times `scale` plus `shift` of its channel.
+    ///
+    /// Errors: a size that is none; OpenCV's own.
+    pub fn rows(&self, width: u32, height: u32, scale: [f32; 3], shift: [f32; 3]) -> Result<Rows<'_>> {
+        check_size(width.into(), height.into())?;
+        Rows::new(self, (width, height), scale, shift)
     }
 
     /// Removes lens distortion, keeping size and intrinsics.

@@ -41,7 +41,7 @@ use crate::error::{Error, Result};
 use crate::image::RgbImage;
 use candle_core::{DType, Device, Tensor};
 use device::Network;
-use kernels::Plan;
+use kernels::Input;
 use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use weights::hex;
@@ -233,11 +233,6 @@ impl Model {
         (std::array::from_fn(|c| 1.0 / (255.0 * spec.std[c])), std::array::from_fn(|c| -spec.mean[c] / spec.std[c]))
     }
 
-    /// Resizes by area to the model's input and normalises: three planes.
-    fn planes(&self, image: &RgbImage) -> Result<Vec<f32>> {
-        Ok(self.normalised(self.resized(image)?.as_ref()))
-    }
-
     /// Three planes.
     fn normalised(&self, image: &RgbImage) -> Vec<f32> {
         let (scale, shift) = self.normalisation();
@@ -247,7 +242,7 @@ impl Model {
     /// Resizes by area to the model's input and normalises: 1 x 3 x H x W.
     pub fn preprocess(&self, image: &RgbImage) -> Result<Tensor> {
         let (w, h) = (self.spec().input_width, self.spec().input_height);
-        Ok(Tensor::from_vec(self.planes(image)?, (1, 3, h, w), &Device::Cpu)?)
+        Ok(Tensor::from_vec(self.normalised(self.resized(image)?.as_ref()), (1, 3, h, w), &Device::Cpu)?)
     }
 
     /// The global descriptor of one image, 448-d.
@@ -255,7 +250,12 @@ impl Model {
     /// Errors: the device's.
     pub fn describe(&self, image: &RgbImage) -> Result<Descriptor> {
         match &self.network {
-            Network::Cpu(plan) => self.describe_planes(plan, &self.planes(image)?, self.spec().input_height, self.spec().input_width),
+            Network::Cpu(plan) => {
+                let (w, h) = (self.spec().input_width, self.spec().input_height);
+                let (scale, shift) = self.normalisation();
+                let rows = image.rows(w as u32, h as u32, scale, shift)?;
+                self.joined(plan.pooled(Input::Picture(&rows), h, w, self.spec().pooling))
+            }
             #[cfg(feature = "cuda")]
             Network::Cuda(_) => {
                 let mut all = self.describe_batch(std::slice::from_ref(image))?;
@@ -304,18 +304,17 @@ impl Model {
             return Err(Error::image(format!("a descriptor is of 1 x 3 x H x W, sides of {MIN_SIDE} and more, not of {:?}", x.dims())));
         }
         match &self.network {
-            Network::Cpu(plan) => self.describe_planes(plan, &x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?, height, width),
+            Network::Cpu(plan) => {
+                let values = x.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+                // A code is always a number: what is none must not become one.
+                if self.precision == Precision::Int8 && !values.iter().all(|v| v.is_finite()) {
+                    return Err(Error::image("a value of the image is not a number"));
+                }
+                self.joined(plan.pooled(Input::Planes(&values), height, width, self.spec().pooling))
+            }
             #[cfg(feature = "cuda")]
             Network::Cuda(_) => Err(Error::Device { reason: format!("{} takes images, not tensors", self.device) }),
         }
-    }
-
-    fn describe_planes(&self, plan: &Plan, image: &[f32], height: usize, width: usize) -> Result<Descriptor> {
-        // A code is always a number: what is none must not become one.
-        if self.precision == Precision::Int8 && !image.iter().all(|v| v.is_finite()) {
-            return Err(Error::image("a value of the image is not a number"));
-        }
-        self.joined(plan.pooled(image, height, width, self.spec().pooling))
     }
 
     /// The descriptor of pooled taps.

@@ -233,6 +233,54 @@ fn bf16_describes_as_f32_does() {
     assert!(off16 < 0.7 * off8, "{off16} {off8}");
 }
 
+#[test]
+fn a_normalisation_that_makes_no_numbers_is_refused() {
+    let with = |mean: f32, std: f32| {
+        let mut weights = Model::shipped().unwrap().weights().clone();
+        (weights.spec.mean[1], weights.spec.std[1]) = (mean, std);
+        Model::new(weights).map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!(with(0.5, 1e-30), Ok(()));
+    for (mean, std) in [(f32::NAN, 1.0), (f32::INFINITY, 1.0), (0.5, 0.0), (0.5, -1.0), (0.5, f32::NAN), (0.5, 1e-40), (3e38, 1e-3)] {
+        let said = with(mean, std).unwrap_err();
+        assert!(said.contains("is not usable"), "{mean} {std}: {said}");
+    }
+}
+
+/// Rows that are resized and normalised where the network reads them give what a tensor of the whole picture gives, to the last bit: at any
+/// size, kept, smaller in whole blocks or not, or larger; with either border; on any number of threads.
+#[test]
+fn a_picture_is_described_as_its_tensor() {
+    let pools = [1, 2, 5].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    for (padding, precision) in [
+        (Padding::Symmetric, Precision::F32),
+        (Padding::Same, Precision::F32),
+        (Padding::Same, Precision::Bf16),
+        (Padding::Symmetric, Precision::Int8),
+    ] {
+        // Odd and even sides, some of few rows: strips of one row, and rings of more rows than there are.
+        for (w, h) in [(64, 48), (47, 33), (MIN_SIDE, 70), (161, 130)] {
+            let mut weights = Model::shipped().unwrap().weights().clone();
+            (weights.spec.input_width, weights.spec.input_height, weights.spec.padding) = (w, h, padding);
+            let model = Model::new(weights).unwrap().on(ComputeDevice::Cpu, precision).unwrap();
+            let mut before: Option<Descriptor> = None;
+            for (n, (width, height)) in
+                [(w, h), (2 * w, 2 * h), (3 * w, h), (w + 31, 2 * h - 1), (w / 2, 3 * h), (5, 4)].into_iter().enumerate()
+            {
+                let image = leaves::picture(800 + n as u64, (width, height)).unwrap();
+                let want = model.describe_tensor(&model.preprocess(&image).unwrap()).unwrap();
+                for pool in &pools {
+                    let got = pool.install(|| model.describe(&image)).unwrap();
+                    let threads = pool.current_num_threads();
+                    assert_eq!(got.as_slice(), want.as_slice(), "{width}x{height} at {w}x{h}, {padding:?}, {precision}, {threads} threads");
+                }
+                assert!(before.is_none_or(|b| b.as_slice() != want.as_slice()), "all pictures look alike");
+                before = Some(want);
+            }
+        }
+    }
+}
+
 /// What rounding does to weights is there in every pixel: most of it is taken back with the bias, in pictures that the network was not
 /// fitted to.
 #[test]

@@ -74,7 +74,10 @@ impl ModelSpec {
         if !side.contains(&self.input_width) || !side.contains(&self.input_height) {
             return bad(format!("input size {}x{} is outside {MIN_SIDE}..={MAX_SIDE}", self.input_width, self.input_height));
         }
-        if self.std.iter().any(|s| !s.is_finite() || *s <= 0.0) || self.mean.iter().any(|m| !m.is_finite()) {
+        // Black and white must become numbers: an infinity would be a descriptor of nothing, or 8-bit codes of one.
+        let usable =
+            |(m, s): (&f32, &f32)| s.is_finite() && *s > 0.0 && (m / s).is_finite() && ((1.0 - m) / s).is_finite() && (1.0 / s).is_finite();
+        if !self.mean.iter().zip(&self.std).all(usable) {
             return bad(format!("mean {:?} or std {:?} is not usable", self.mean, self.std));
         }
         if let Pooling::Gem { p } = self.pooling {

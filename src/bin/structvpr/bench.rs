@@ -127,7 +127,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
     }
     if asked("pipeline") {
-        say(vec![pipeline(&args)?]);
+        let model = common::load_model(args.model.as_deref(), ComputeArg { device: args.device, compute: Precision::F32 })?;
+        for camera in CAMERAS {
+            say(vec![pipeline(&args, &model, camera)?]);
+        }
     }
     if let Some(path) = &args.plot {
         let title = format!("our time / the peer's, {} thread(s), {}, {}", args.threads, processor(), instructions());
@@ -522,10 +525,11 @@ fn gpu_peer(args: &Args, model: &Model, images: &[RgbImage], ours: &[Descriptor]
 
 /// Keyframes of the map that [`pipeline`] looks through.
 const PLACES: usize = 10_000;
+/// Columns and rows of the cameras' images: twice the shipped model's, and of another shape, as most are.
+const CAMERAS: [(u32, u32); 2] = [(640, 480), (1920, 1080)];
 
 /// Bytes of a camera's image to the decision, beside the descriptor's own time in turns with it.
-fn pipeline(args: &Args) -> Result<Row> {
-    let model = common::load_model(args.model.as_deref(), ComputeArg { device: args.device, compute: Precision::F32 })?;
+fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<Row> {
     let (w, h) = (model.spec().input_width, model.spec().input_height);
     let sized = RgbImage::new(w as u32, h as u32, vec![90; 3 * w * h])?;
     let x = model.preprocess(&sized)?;
@@ -557,9 +561,10 @@ fn pipeline(args: &Args) -> Result<Row> {
         }
         for i in 0..TURN {
             stamp_ns += 1_000_000_000;
-            let data: Vec<u8> = (0..640 * 480 * 3).map(|p| ((p * 2_654_435_761 + stamp_ns as usize) >> 13) as u8).collect();
+            let bytes = 3 * columns as usize * rows as usize;
+            let data: Vec<u8> = (0..bytes).map(|p| ((p * 2_654_435_761 + stamp_ns as usize) >> 13) as u8).collect();
             let began = Instant::now();
-            let raw = RawImage { width: 640, height: 480, encoding: "bgr8", is_bigendian: false, step: 3 * 640, data: &data };
+            let raw = RawImage { width: columns, height: rows, encoding: "bgr8", is_bigendian: false, step: 3 * columns, data: &data };
             let image = RgbImage::from_raw(&raw)?;
             let frame = Frame {
                 camera: String::new(),
@@ -577,7 +582,7 @@ fn pipeline(args: &Args) -> Result<Row> {
             whole.extend((i > 0).then_some(began.elapsed().as_secs_f64()));
         }
     }
-    let what = format!("640x480 image to decision, {PLACES} places");
+    let what = format!("{columns}x{rows} image to decision, {PLACES} places");
     let row = row(what, whole, Some((&format!("descriptor {h}x{w} alone"), alone)), None);
     ensure!(detector.map().keyframes().len() > PLACES, "no image became a keyframe");
     Ok(row)

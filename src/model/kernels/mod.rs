@@ -31,7 +31,7 @@ pub use conv3x3::Conv3x3;
 pub use depthwise::depthwise3x3;
 pub use direct::Conv;
 pub use nearest::{nearest, Nearest};
-pub use plan::{Plan, PlanBlock};
+pub use plan::{Input, Plan, PlanBlock};
 pub use rounding::{rounded_values, Rounded};
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};

@@ -20,6 +20,7 @@ use super::rounding::Rounded;
 use super::rows::{depthwise_rows, stem_row, Depthwise, Stem, TOGETHER};
 use super::vector::Vector;
 use super::{dispatch, Activation, Isa, Pad};
+use crate::image::{RowScratch, Rows};
 use crate::model::Pooling;
 use crate::team::team;
 use std::ops::Range;
@@ -111,6 +112,15 @@ struct Block {
     tap: bool,
 }
 
+/// What a plan reads.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Three planes, one after the other.
+    Planes(&'a [f32]),
+    /// A picture, whose rows are resized and normalised where they are read.
+    Picture(&'a Rows<'a>),
+}
+
 /// The network, packed for one instruction set.
 #[derive(Debug)]
 pub struct Plan {
@@ -192,10 +202,10 @@ impl Plan {
         self.computes == In::Bf16
     }
 
-    /// Of every tap the pooled channels, one tap after the other. `image`: three planes of `height` x `width`.
+    /// Of every tap the pooled channels, one tap after the other. `image` is of `height` x `width`.
     ///
     /// Deterministic whatever the number of threads. Panics: `image` is of another size.
-    pub fn pooled(&self, image: &[f32], height: usize, width: usize, pooling: Pooling) -> Vec<Vec<f32>> {
+    pub fn pooled(&self, image: Input, height: usize, width: usize, pooling: Pooling) -> Vec<Vec<f32>> {
         self.run(image, height, width, |space| {
             let of = |tap: &Tap| pool(self.isa, &space.buffers[tap.buffer].values()[..tap.pixels * tap.stride], tap, pooling);
             space.layout.taps.iter().map(of).collect()
@@ -205,7 +215,7 @@ impl Plan {
     /// Of every tap the map, C x H x W, with its height and width.
     #[cfg(test)]
     pub fn taps(&self, image: &[f32], height: usize, width: usize) -> Vec<Vec<f32>> {
-        self.run(image, height, width, |space| {
+        self.run(Input::Planes(image), height, width, |space| {
             let of = |tap: &Tap| {
                 let values = space.buffers[tap.buffer].values();
                 (0..tap.channels).flat_map(|c| (0..tap.pixels).map(move |p| values[p * tap.stride + c])).collect()
@@ -214,8 +224,12 @@ impl Plan {
         })
     }
 
-    fn run<T>(&self, image: &[f32], height: usize, width: usize, then: impl FnOnce(&Space) -> T) -> T {
-        assert_eq!(image.len(), 3 * height * width, "the image is not three planes of {height} x {width}");
+    fn run<T>(&self, image: Input, height: usize, width: usize, then: impl FnOnce(&Space) -> T) -> T {
+        let fits = match image {
+            Input::Planes(values) => values.len() == 3 * height * width,
+            Input::Picture(rows) => rows.size() == (width, height),
+        };
+        assert!(fits, "the image is not of {height} x {width}");
         let threads = rayon::current_num_threads();
         let kept = {
             let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
@@ -233,8 +247,8 @@ impl Plan {
         out
     }
 
-    fn execute(&self, image: &[f32], space: &mut Space) {
-        let Space { layout, buffers, scratch, zeros } = space;
+    fn execute(&self, image: Input, space: &mut Space) {
+        let Space { layout, buffers, own, zeros } = space;
         let shared = Shared {
             plan: self,
             layout,
@@ -246,30 +260,30 @@ impl Plan {
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
             failed: AtomicBool::new(false),
         };
-        let work = |scratch: &mut [f32]| match (self.isa, self.computes) {
+        let work = |own: &mut Own| match (self.isa, self.computes) {
             // SAFETY: the plan was packed for what `Isa::detect` found on this processor, or for less.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, In::F32) => unsafe { work_avx512(&shared, scratch) },
+            (Isa::Avx512, In::F32) => unsafe { work_avx512(&shared, own) },
             // SAFETY: as above; a plan in 8 bits is packed for AVX-512 only where VNNI is.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, In::Int8) => unsafe { work_vnni(&shared, scratch) },
+            (Isa::Avx512, In::Int8) => unsafe { work_vnni(&shared, own) },
             // SAFETY: as above; a plan in bfloat16 is made only where tiles are.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, In::Bf16) => unsafe { work_amx(&shared, scratch) },
+            (Isa::Avx512, In::Bf16) => unsafe { work_amx(&shared, own) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, In::F32) => unsafe { work_avx2::<F32>(&shared, scratch) },
+            (Isa::Avx2, In::F32) => unsafe { work_avx2::<F32>(&shared, own) },
             // SAFETY: as above, and the processor has it.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, In::Int8) if self.avx_vnni => unsafe { work_avx_vnni(&shared, scratch) },
+            (Isa::Avx2, In::Int8) if self.avx_vnni => unsafe { work_avx_vnni(&shared, own) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2, In::Int8) => unsafe { work_avx2::<INT8>(&shared, scratch) },
-            (_, In::Int8) => work_portable::<INT8>(&shared, scratch),
-            (_, In::F32 | In::Bf16) => work_portable::<F32>(&shared, scratch),
+            (Isa::Avx2, In::Int8) => unsafe { work_avx2::<INT8>(&shared, own) },
+            (_, In::Int8) => work_portable::<INT8>(&shared, own),
+            (_, In::F32 | In::Bf16) => work_portable::<F32>(&shared, own),
         };
         let more = || shared.next.load(Ordering::Relaxed) < layout.tasks.len();
-        team(scratch, &more, &|scratch| work(scratch.values_mut()));
+        team(own, &more, &|own| work(own));
     }
 }
 
@@ -506,15 +520,32 @@ struct Space {
     layout: Layout,
     buffers: Vec<Aligned<f32>>,
     /// One per thread.
-    scratch: Vec<Aligned<f32>>,
+    own: Vec<Own>,
     zeros: Vec<f32>,
 }
+
+/// What a thread works in.
+#[derive(Debug)]
+struct Own {
+    scratch: Aligned<f32>,
+    lines: Lines,
+}
+
+/// The last rows of a picture, each as three rows of f32.
+#[derive(Debug, Default)]
+struct Lines {
+    ring: Vec<f32>,
+    scratch: RowScratch,
+}
+
+/// Rows of the ring: those that a row of the stem sees, and one more, so that a row's place is found without a division.
+const LINES: usize = 4;
 
 impl Space {
     fn new(layout: Layout) -> Self {
         Self {
             buffers: layout.buffers.iter().map(|n| Aligned::new(*n)).collect(),
-            scratch: (0..layout.threads).map(|_| Aligned::new(layout.scratch)).collect(),
+            own: (0..layout.threads).map(|_| Own { scratch: Aligned::new(layout.scratch), lines: Lines::default() }).collect(),
             zeros: vec![0.0; layout.zeros],
             layout,
         }
@@ -531,7 +562,7 @@ struct Raw {
 struct Shared<'a> {
     plan: &'a Plan,
     layout: &'a Layout,
-    image: &'a [f32],
+    image: Input<'a>,
     zeros: &'a [f32],
     buffers: Vec<Raw>,
     next: AtomicUsize,
@@ -633,47 +664,47 @@ fn avx_vnni() -> bool {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
-unsafe fn work_vnni(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_vnni(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m512, INT8>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m512, INT8>(shared, own) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-unsafe fn work_avx512(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_avx512(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m512, F32>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m512, F32>(shared, own) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma")]
-unsafe fn work_amx(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_amx(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function, and tiles by the caller's promise.
     unsafe {
         let _tiles = Tiles::new();
-        work::<std::arch::x86_64::__m512, BF16>(shared, scratch);
+        work::<std::arch::x86_64::__m512, BF16>(shared, own);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn work_avx2<const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_avx2<const IN: u8>(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
-    unsafe { work::<std::arch::x86_64::__m256, IN>(shared, scratch) }
+    unsafe { work::<std::arch::x86_64::__m256, IN>(shared, own) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avxvnni,avx2,fma")]
-unsafe fn work_avx_vnni(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work_avx_vnni(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
-    unsafe { work::<super::vector::Vnni256, INT8>(shared, scratch) }
+    unsafe { work::<super::vector::Vnni256, INT8>(shared, own) }
 }
 
 // By itself, as the others are: inlined into both of its callers it is half of what the compiler makes of this file.
 #[inline(never)]
-fn work_portable<const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
+fn work_portable<const IN: u8>(shared: &Shared, own: &mut Own) {
     // SAFETY: plain arrays need no instruction set.
-    unsafe { work::<[f32; 4], IN>(shared, scratch) }
+    unsafe { work::<[f32; 4], IN>(shared, own) }
 }
 
 /// Takes strips until there are none.
@@ -682,8 +713,9 @@ fn work_portable<const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
 ///
 /// The processor has the instruction set of `V`.
 #[inline(always)]
-unsafe fn work<V: Vector, const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
+unsafe fn work<V: Vector, const IN: u8>(shared: &Shared, own: &mut Own) {
     let _watch = Watch(&shared.failed);
+    let (scratch, lines) = (own.scratch.values_mut(), &mut own.lines);
     loop {
         let task = shared.next.fetch_add(1, Ordering::Relaxed);
         let Some((stage, strip)) = shared.layout.tasks.get(task).copied() else { return };
@@ -696,7 +728,7 @@ unsafe fn work<V: Vector, const IN: u8>(shared: &Shared, scratch: &mut [f32]) {
         // nobody reads what is written, and each strip writes its own rows.
         unsafe {
             match now.work {
-                Work::Fused => fused::<V, IN>(shared, now, rows, scratch),
+                Work::Fused => fused::<V, IN>(shared, now, rows, scratch, lines),
                 Work::Expand => expand::<V, IN>(shared, now, rows, scratch),
                 Work::Reduce => reduce::<V, IN>(shared, now, rows, scratch),
             }
@@ -746,13 +778,15 @@ unsafe fn reduce<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: 
 ///
 /// As [`work`], and the strip's rows are ready.
 #[inline(always)]
-unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32], lines: &mut Lines) {
     let block = &shared.plan.blocks[stage.block];
     let row = stage.width * block.depthwise.hidden();
     let slots = (stage.step - 1) * block.stride + 3;
     let (ring, scratch) = scratch.split_at_mut(slots * row);
     let read = stage.reads(block.stride, rows);
     let mut next = read.start;
+    // Of the image.
+    let mut line = 0;
     let mut from = rows.start;
     while from < rows.end {
         let to = (from + stage.step).min(rows.end);
@@ -777,7 +811,7 @@ unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &
                 }
                 _ => {
                     for y in next..need {
-                        stem::<V>(shared, stage, y, &mut ring[y % slots * row..][..row]);
+                        stem::<V>(shared, stage, y, (lines, &mut line), &mut ring[y % slots * row..][..row]);
                     }
                 }
             }
@@ -789,21 +823,31 @@ unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &
     }
 }
 
-/// Row `y` of the stem.
+/// Row `y` of the stem. Of a picture, the rows before `next` are in `lines` where `y` sees them.
 ///
 /// # Safety
 ///
 /// As [`work`].
 #[inline(always)]
-unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, out: &mut [f32]) {
+unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, (lines, next): (&mut Lines, &mut usize), out: &mut [f32]) {
     let (height, width) = (shared.layout.height, shared.layout.width);
     let pad = (shared.plan.pads)(height, width, 2);
+    if let Input::Picture(picture) = shared.image {
+        lines.ring.resize(LINES * 3 * width, 0.0);
+        let seen = (2 * y).saturating_sub(pad.top)..(2 * y + 3).saturating_sub(pad.top).min(height);
+        for at in seen.start.max(*next)..seen.end {
+            picture.row(at, &mut lines.scratch, &mut lines.ring[at % LINES * 3 * width..][..3 * width]);
+        }
+        *next = seen.end;
+    }
     let row = |k: usize| {
-        let at = (2 * y + k % 3).wrapping_sub(pad.top);
-        if at < height {
-            &shared.image[(k / 3 * height + at) * width..][..width]
-        } else {
-            &shared.zeros[..width]
+        let (plane, at) = (k / 3, (2 * y + k % 3).wrapping_sub(pad.top));
+        if at >= height {
+            return &shared.zeros[..width];
+        }
+        match shared.image {
+            Input::Planes(values) => &values[(plane * height + at) * width..][..width],
+            Input::Picture(_) => &lines.ring[(at % LINES * 3 + plane) * width..][..width],
         }
     };
     // SAFETY: the caller's promise.
@@ -1248,12 +1292,17 @@ mod tests {
         let sizes = [(40, 56), (33, 20), (64, 64)];
         let gem = Pooling::Gem { p: 3.0 };
         let image = |i: u64, (h, w): (usize, usize)| noise(i, 3 * h * w, 1.0);
-        let alone: Vec<_> =
-            (0..24u64).map(|i| sizes[i as usize % 3]).enumerate().map(|(i, s)| plan.pooled(&image(i as u64, s), s.0, s.1, gem)).collect();
+        let alone: Vec<_> = (0..24u64)
+            .map(|i| sizes[i as usize % 3])
+            .enumerate()
+            .map(|(i, s)| plan.pooled(Input::Planes(&image(i as u64, s)), s.0, s.1, gem))
+            .collect();
         let together: Vec<_> = on_threads(4, || {
             (0..24u64)
                 .into_par_iter()
-                .map(|i| plan.pooled(&image(i, sizes[i as usize % 3]), sizes[i as usize % 3].0, sizes[i as usize % 3].1, gem))
+                .map(|i| {
+                    plan.pooled(Input::Planes(&image(i, sizes[i as usize % 3])), sizes[i as usize % 3].0, sizes[i as usize % 3].1, gem)
+                })
                 .collect()
         });
         assert!(alone == together);
