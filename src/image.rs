@@ -221,7 +221,7 @@ impl RgbImage {
         Self::new(width, height, data)
     }
 
-    /// Area-averaged resize: OpenCV's INTER_AREA, which does it where the image grows.
+    /// Area-averaged resize: OpenCV's INTER_AREA, which does it where the image grows, or a pixel would cover more than 257.
     pub fn resize_area(&self, width: u32, height: u32) -> Result<Self> {
         check_size(width.into(), height.into())?;
         if (width, height) == (self.width, self.height) {
