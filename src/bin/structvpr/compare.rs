@@ -58,7 +58,7 @@ struct Time {
 
 pub fn run(args: Args) -> Result<ExitCode> {
     let data = dataset::open(&args.dataset)?;
-    // All are read before any describes: a wrong name is not found after minutes.
+    // All models are loaded before any describes: a wrong name is not found after minutes.
     let methods = methods(&args)?;
     let mut reports = Vec::new();
     for (name, source) in &methods {
