@@ -14,6 +14,7 @@ pub use rows::{RowScratch, Rows};
 use area::Area;
 
 use crate::error::{Error, Result};
+use crate::team;
 use opencv::boxed_ref::BoxedRef;
 use opencv::core::{Mat, MatTraitConst, MatTraitConstManual, Size};
 use opencv::{calib3d, imgproc};
@@ -24,15 +25,31 @@ pub const MAX_PIXELS: u64 = 64_000_000;
 /// Most scans of a progressive JPEG: each costs a pass over the whole image, however few bytes it has.
 const MAX_SCANS: u32 = 50;
 
+/// Bytes of pixels of which a second thread makes a smaller image sooner than it wakes.
+const LARGE: usize = 3 << 20;
+
+/// Pixels that tell how bright an image is.
+const LUMA_PIXELS: usize = 640 * 480;
+
 const SUPPORTED: &str = "rgb8, bgr8, rgba8, bgra8, mono8, 8UC1, 8UC3, mono16, 16UC1, bayer_{rggb,bggr,gbrg,grbg}8, yuv422 (uyvy), yuv422_yuy2 (yuyv), nv21, nv24";
 
 /// An 8-bit RGB image, row-major, no padding.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct RgbImage {
     width: u32,
     height: u32,
-    data: Vec<u8>,
+    /// The pixels are from `start` on: an image may lie in the message that it came in.
+    bytes: Vec<u8>,
+    start: usize,
 }
+
+impl PartialEq for RgbImage {
+    fn eq(&self, other: &Self) -> bool {
+        (self.width, self.height, self.data()) == (other.width, other.height, other.data())
+    }
+}
+
+impl Eq for RgbImage {}
 
 /// The fields of `sensor_msgs/Image`, borrowed.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +124,7 @@ impl RgbImage {
         if data.len() as u64 != want {
             return Err(Error::image(format!("{width}x{height} RGB wants {want} bytes, got {}", data.len())));
         }
-        Ok(Self { width, height, data })
+        Ok(Self { width, height, bytes: data, start: 0 })
     }
 
     /// Columns.
@@ -122,31 +139,15 @@ impl RgbImage {
 
     /// `3 * width * height` bytes, RGB.
     pub fn data(&self) -> &[u8] {
-        &self.data
+        &self.bytes[self.start..][..3 * self.width as usize * self.height as usize]
     }
 
     /// Converts a `sensor_msgs/Image`. mono16 keeps its high byte.
     ///
     /// Errors: unknown encoding, a header that does not fit the data, an empty or absurd size.
     pub fn from_raw(raw: &RawImage) -> Result<Self> {
-        check_size(raw.width.into(), raw.height.into())?;
         let (width, height) = (raw.width as usize, raw.height as usize);
-        let layout = Layout::of(raw.encoding)?;
-        let (row, rows) = layout.rows(width, height)?;
-        // nv24's chroma plane has rows of twice the luma's; its step counts luma bytes.
-        let step = raw.step as usize;
-        let luma_row = layout.luma_row(width);
-        if step < luma_row {
-            return Err(Error::image(format!("step {step} is shorter than a row of {width} {} pixels ({luma_row} bytes)", raw.encoding)));
-        }
-        let need = layout.total(step, height);
-        if (raw.data.len() as u64) < need {
-            return Err(Error::image(format!(
-                "{width}x{height} {} with step {step} wants {need} bytes, got {}",
-                raw.encoding,
-                raw.data.len()
-            )));
-        }
+        let Form { layout, row, rows, step } = Form::of(raw)?;
         if let Layout::Channels(3, [2, 1, 0]) = layout {
             let mut data = vec![0; row * rows];
             for (to, from) in data.chunks_exact_mut(row).zip(raw.data.chunks(step)) {
@@ -172,6 +173,26 @@ impl RgbImage {
         }
         let data = layout.to_rgb(tight, width, height, raw.is_bigendian)?;
         Self::new(raw.width, raw.height, data)
+    }
+
+    /// [`Self::from_raw`] of what `find` finds in a message, with what else it says. rgb8 and bgr8 without padding stay where
+    /// they lie: a copy of every image of a camera costs more than all but the network.
+    ///
+    /// Errors: as [`Self::from_raw`], and `find`'s own.
+    pub fn from_message<T>(mut message: Vec<u8>, find: impl FnOnce(&[u8]) -> Result<(T, RawImage<'_>)>) -> Result<(T, Self)> {
+        let (rest, raw) = find(&message)?;
+        let form = Form::of(&raw)?;
+        let Layout::Channels(3, order) = form.layout else { return Ok((rest, Self::from_raw(&raw)?)) };
+        let start = (raw.data.as_ptr() as usize).checked_sub(message.as_ptr() as usize);
+        let whole = 3 * raw.width as usize * raw.height as usize;
+        let (Some(start), true) = (start.filter(|s| s + whole <= message.len()), form.step == form.row) else {
+            return Ok((rest, Self::from_raw(&raw)?));
+        };
+        let (width, height) = (raw.width, raw.height);
+        if order == [2, 1, 0] {
+            area::reverse(&mut message[start..][..whole]);
+        }
+        Ok((rest, Self { width, height, bytes: message, start }))
     }
 
     /// Decodes JPEG or PNG; alpha is left out, of 16 bits the upper 8 are kept. The size in the file's header is checked before
@@ -229,8 +250,14 @@ impl RgbImage {
         }
         let (from, to) = ((self.width as usize, self.height as usize), (width as usize, height as usize));
         if let Some(area) = Area::new(from, to) {
-            let (mut data, mut scratch) = (vec![0; 3 * to.0 * to.1], area::Scratch::default());
-            data.chunks_exact_mut(3 * to.0).enumerate().for_each(|(y, row)| area.row(&self.data, y, &mut scratch, row));
+            let mut data = vec![0; 3 * to.0 * to.1];
+            let row = |scratch: &mut area::Scratch, y: usize, row: &mut [u8]| area.row(self.data(), y, scratch, row);
+            if self.data().len() < LARGE {
+                let mut scratch = area::Scratch::default();
+                data.chunks_exact_mut(3 * to.0).enumerate().for_each(|(y, out)| row(&mut scratch, y, out));
+            } else {
+                team::chunks_with(&mut data, 3 * to.0, area::Scratch::default, row);
+            }
             return Self::new(width, height, data);
         }
         let size = Size::new(width as i32, height as i32);
@@ -289,7 +316,7 @@ impl RgbImage {
     pub fn to_jpeg(&self, quality: u8) -> Result<Vec<u8>> {
         let encoded = || {
             let (width, height) = (self.width as usize, self.height as usize);
-            let image = turbojpeg::Image { pixels: &self.data[..], width, pitch: 3 * width, height, format: turbojpeg::PixelFormat::RGB };
+            let image = turbojpeg::Image { pixels: self.data(), width, pitch: 3 * width, height, format: turbojpeg::PixelFormat::RGB };
             let mut encoder = turbojpeg::Compressor::new()?;
             encoder.set_quality(quality.clamp(1, 100).into())?;
             encoder.set_subsamp(turbojpeg::Subsamp::Sub2x2)?;
@@ -312,7 +339,7 @@ impl RgbImage {
             let mut encoder = png::Encoder::new(&mut out, self.width, self.height);
             encoder.set_color(png::ColorType::Rgb);
             let mut writer = encoder.write_header()?;
-            writer.write_image_data(&self.data)?;
+            writer.write_image_data(self.data())?;
             writer.finish()?;
             Ok(out)
         };
@@ -323,18 +350,30 @@ impl RgbImage {
         Error::image(format!("{}x{} cannot be encoded: {e}", self.width, self.height))
     }
 
-    /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image.
+    /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image. Of every second row, every third and so
+    /// on where there are more than 640x480 pixels twice, three times and so on. [ours]
     pub fn luma_stats(&self) -> (f32, f32) {
-        let (sum, squares) = area::luma_sums(&self.data);
-        let n = (self.data.len() / 3).max(1) as f64;
+        let (width, height) = (self.width as usize, self.height as usize);
+        let every = (width * height / LUMA_PIXELS).clamp(1, height.max(1));
+        let (sum, squares, n) = if every == 1 {
+            let (sum, squares) = area::luma_sums(self.data());
+            (sum, squares, width * height)
+        } else {
+            let rows = self.data().chunks_exact(3 * width).step_by(every);
+            rows.fold((0, 0, 0), |(sum, squares, n), row| {
+                let of_row = area::luma_sums(row);
+                (sum + of_row.0, squares + of_row.1, n + width)
+            })
+        };
+        let n = n as f64;
         let mean = sum as f64 / n;
         (mean as f32, (squares as f64 / n - mean * mean).max(0.0).sqrt() as f32)
     }
 
     /// Three planes of f32, red first: each value times `scale` plus `shift` of its channel.
     pub fn planes(&self, scale: [f32; 3], shift: [f32; 3]) -> Vec<f32> {
-        let mut planes = vec![0f32; self.data.len()];
-        area::planes(&self.data, scale, shift, &mut planes);
+        let mut planes = vec![0f32; self.data().len()];
+        area::planes(self.data(), scale, shift, &mut planes);
         planes
     }
 
@@ -356,7 +395,7 @@ impl RgbImage {
     }
 
     fn converted(&self, f: impl FnOnce(&BoxedRef<Mat>, &mut Mat) -> opencv::Result<()>) -> Result<Mat> {
-        converted(self.height, &self.data, 3, f)
+        converted(self.height, self.data(), 3, f)
     }
 }
 
@@ -448,6 +487,34 @@ pub fn median_depth_m(raw: &RawImage) -> Result<Option<f32>> {
     }
     let middle = valid.len() / 2;
     Ok(Some(*valid.select_nth_unstable_by(middle, f32::total_cmp).1))
+}
+
+/// How an image lies in its message, which has all of it.
+struct Form {
+    layout: Layout,
+    /// Bytes of a tight row.
+    row: usize,
+    rows: usize,
+    step: usize,
+}
+
+impl Form {
+    fn of(raw: &RawImage) -> Result<Self> {
+        check_size(raw.width.into(), raw.height.into())?;
+        let (width, height, step) = (raw.width as usize, raw.height as usize, raw.step as usize);
+        let layout = Layout::of(raw.encoding)?;
+        let (row, rows) = layout.rows(width, height)?;
+        // nv24's chroma plane has rows of twice the luma's; its step counts luma bytes.
+        let luma_row = layout.luma_row(width);
+        if step < luma_row {
+            return Err(Error::image(format!("step {step} is shorter than a row of {width} {} pixels ({luma_row} bytes)", raw.encoding)));
+        }
+        let (need, got) = (layout.total(step, height), raw.data.len());
+        if (got as u64) < need {
+            return Err(Error::image(format!("{width}x{height} {} with step {step} wants {need} bytes, got {got}", raw.encoding)));
+        }
+        Ok(Self { layout, row, rows, step })
+    }
 }
 
 /// How an encoding lies in memory.

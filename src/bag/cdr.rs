@@ -76,6 +76,13 @@ impl<'a> Reader<'a> {
         Ok(String::from_utf8_lossy(bytes.strip_suffix(&[0]).unwrap_or(bytes)).into_owned())
     }
 
+    /// A string, borrowed. Errors: bytes that are not UTF-8.
+    pub fn str(&mut self) -> Result<&'a str> {
+        let n = self.u32()? as usize;
+        let bytes = self.take(n)?;
+        std::str::from_utf8(bytes.strip_suffix(&[0]).unwrap_or(bytes)).map_err(|_| self.error("a string that is not UTF-8"))
+    }
+
     /// `sequence<uint8>`, borrowed.
     pub fn bytes(&mut self) -> Result<&'a [u8]> {
         let n = self.u32()? as usize;

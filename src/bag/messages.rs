@@ -2,7 +2,7 @@
 
 use super::cdr::{Reader, Writer};
 use crate::error::{Error, Result};
-use crate::image::{Camera, RawImage};
+use crate::image::{Camera, RawImage, RgbImage};
 use nalgebra::{Isometry3, Quaternion, Translation3, UnitQuaternion};
 
 /// `std_msgs/Header`.
@@ -60,6 +60,20 @@ pub struct Image {
 }
 
 impl Image {
+    /// Header and picture, of which the message's own bytes are made where they can be.
+    ///
+    /// Errors: it does not decode, or as [`RgbImage::from_raw`].
+    pub fn picture(message: Vec<u8>) -> Result<(Header, RgbImage)> {
+        RgbImage::from_message(message, Self::view)
+    }
+
+    fn view(bytes: &[u8]) -> Result<(Header, RawImage<'_>)> {
+        let r = &mut Reader::new(bytes)?;
+        let header = Header::read(r)?;
+        let (height, width) = (r.u32()?, r.u32()?);
+        Ok((header, RawImage { width, height, encoding: r.str()?, is_bigendian: r.bool()?, step: r.u32()?, data: r.bytes()? }))
+    }
+
     /// As the image module takes it.
     pub fn raw(&self) -> RawImage<'_> {
         RawImage {
@@ -77,16 +91,8 @@ impl Message for Image {
     const TYPE: &'static str = "sensor_msgs/msg/Image";
 
     fn decode(bytes: &[u8]) -> Result<Self> {
-        let r = &mut Reader::new(bytes)?;
-        Ok(Self {
-            header: Header::read(r)?,
-            height: r.u32()?,
-            width: r.u32()?,
-            encoding: r.string()?,
-            is_bigendian: r.bool()?,
-            step: r.u32()?,
-            data: r.bytes()?.to_vec(),
-        })
+        let (header, RawImage { width, height, encoding, is_bigendian, step, data }) = Self::view(bytes)?;
+        Ok(Self { header, height, width, encoding: encoding.into(), is_bigendian, step, data: data.to_vec() })
     }
 
     fn encode(&self) -> Vec<u8> {

@@ -214,15 +214,31 @@ fn rounded<const FUSED: bool>(sums: &[f32], units: f32, out: &mut [u8]) {
     out.iter_mut().zip(sums).for_each(|(to, sum)| *to = nearest(sum / units));
 }
 
+#[inline(always)]
+fn exchange<const FUSED: bool>(from: &[u8], to: &mut [u8]) {
+    for (to, p) in to.chunks_exact_mut(3).zip(from.chunks_exact(3)) {
+        [to[0], to[1], to[2]] = [p[2], p[1], p[0]];
+    }
+}
+
 /// Pixels of three bytes with the first and the third exchanged.
 pub(super) fn reversed(from: &[u8], to: &mut [u8]) {
+    dispatch!(Isa::detect(), exchange(from: &[u8], to: &mut [u8]));
+}
+
+/// [`reversed`], in its place.
+pub(super) fn reverse(pixels: &mut [u8]) {
     #[inline(always)]
-    fn body<const FUSED: bool>(from: &[u8], to: &mut [u8]) {
-        for (to, p) in to.chunks_exact_mut(3).zip(from.chunks_exact(3)) {
-            [to[0], to[1], to[2]] = [p[2], p[1], p[0]];
+    fn body<const FUSED: bool>(pixels: &mut [u8]) {
+        // Compilers make no vectors of what is read and written in the same memory.
+        let mut block = [0u8; 3 * TOGETHER];
+        for pixels in pixels.chunks_mut(block.len()) {
+            let block = &mut block[..pixels.len()];
+            exchange::<FUSED>(pixels, block);
+            pixels.copy_from_slice(block);
         }
     }
-    dispatch!(Isa::detect(), body(from: &[u8], to: &mut [u8]));
+    dispatch!(Isa::detect(), body(pixels: &mut [u8]));
 }
 
 /// Sum and sum of squares of the luma of RGB pixels, Rec. 601 in 1/256.

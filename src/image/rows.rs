@@ -42,10 +42,10 @@ impl<'a> Rows<'a> {
     pub fn row(&self, y: usize, scratch: &mut RowScratch, out: &mut [f32]) {
         let row = 3 * self.size.0;
         let pixels = match &self.area {
-            None => &self.image.data[y * row..][..row],
+            None => &self.image.data()[y * row..][..row],
             Some(area) => {
                 scratch.pixels.resize(row, 0);
-                area.row(&self.image.data, y, &mut scratch.area, &mut scratch.pixels);
+                area.row(self.image.data(), y, &mut scratch.area, &mut scratch.pixels);
                 &scratch.pixels[..]
             }
         };

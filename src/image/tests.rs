@@ -222,6 +222,10 @@ proptest! {
         if let Ok(image) = RgbImage::from_raw(&r) {
             prop_assert_eq!((image.width(), image.height(), image.data().len()), (width, height, (3 * width * height) as usize));
         }
+        // Where it lies in a message, among other bytes.
+        let message = [&[1, 2, 3][..], &data, &[4]].concat();
+        let there = RgbImage::from_message(message, |m| Ok(((), RawImage { data: &m[3..][..data.len()], ..r })));
+        prop_assert_eq!(there.map(|(_, image)| image).map_err(|e| e.to_string()), RgbImage::from_raw(&r).map_err(|e| e.to_string()));
         let huge = RawImage { width: width.wrapping_mul(0x0f00_0001), height: height.wrapping_mul(0x00f0_0001), ..r };
         let _ = RgbImage::from_raw(&huge);
     }

@@ -512,7 +512,7 @@ impl Engine {
     /// made, and says when it had published the decision.
     pub fn work(&self, publish: &mut dyn FnMut(&Keyed)) {
         while let Some((camera, arrival)) = self.inbox.pop() {
-            match self.handle(camera, &arrival) {
+            match self.handle(camera, arrival) {
                 Ok(Some(keyed)) => {
                     publish(&keyed);
                     self.keep_thumbnail(&keyed);
@@ -539,7 +539,7 @@ impl Engine {
         lock(&self.stats).time(timings);
     }
 
-    fn handle(&self, camera: usize, arrival: &Arrival) -> Result<Option<Keyed>> {
+    fn handle(&self, camera: usize, arrival: Arrival) -> Result<Option<Keyed>> {
         let mut timings = Timings { queue: ms(arrival.at), ..Timings::default() };
         // With one camera the map does not tell cameras apart, as offline.
         let name = if self.names.len() == 1 { "" } else { self.names[camera].as_str() };
@@ -547,7 +547,7 @@ impl Engine {
             return Ok(None);
         }
         let clock = Instant::now();
-        let (header, image) = self.decode(camera, &arrival.bytes)?;
+        let (header, image) = self.decode(camera, arrival.bytes)?;
         let luma_std = image.luma_stats().1;
         timings.decode = ms(clock);
         let clock = Instant::now();
@@ -690,15 +690,13 @@ impl Engine {
         }
     }
 
-    fn decode(&self, camera: usize, bytes: &[u8]) -> Result<(Header, RgbImage)> {
+    fn decode(&self, camera: usize, message: Vec<u8>) -> Result<(Header, RgbImage)> {
         let (header, image) = if self.compressed {
-            let m = CompressedImage::decode(bytes)?;
+            let m = CompressedImage::decode(&message)?;
             let image = RgbImage::decode(&m.data)?;
             (m.header, image)
         } else {
-            let m = Image::decode(bytes)?;
-            let image = RgbImage::from_raw(&m.raw())?;
-            (m.header, image)
+            Image::picture(message)?
         };
         if !self.undistort {
             return Ok((header, image));

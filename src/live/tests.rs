@@ -36,7 +36,7 @@ fn run(engine: &Engine, messages: impl IntoIterator<Item = (usize, Vec<u8>)>) ->
     let mut out = Vec::new();
     for (camera, bytes) in messages {
         let arrival = Arrival { at: Instant::now(), bytes };
-        match engine.handle(camera, &arrival) {
+        match engine.handle(camera, arrival) {
             Ok(Some(keyed)) => {
                 engine.keep_thumbnail(&keyed);
                 out.push(keyed);

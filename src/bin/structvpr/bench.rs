@@ -56,6 +56,9 @@ pub struct Args {
     /// Sizes of the maps that are searched; a million take 3 GB, with --peers 5 GB more, of which 2 GB are a file in TMPDIR.
     #[arg(long, value_delimiter = ',', default_value = "10000,100000,1000000", value_parser = clap::value_parser!(u32).range(100..=10_000_000).map(|n| n as usize))]
     places: Vec<usize>,
+    /// Also write the map that `pipeline` looks through: scripts/bench_node gives it to a node.
+    #[arg(long, value_name = "FILE")]
+    keep_map: Option<PathBuf>,
     #[arg(long)]
     json: bool,
 }
@@ -97,6 +100,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
         rows.extend(new);
     };
+    ensure!(
+        args.keep_map.is_none() || args.only.iter().any(|o| o == "pipeline"),
+        "--keep-map keeps the map of pipeline, which --only leaves out"
+    );
     let asked = |what: &str| args.only.iter().any(|o| o == what);
     if asked("descriptor") {
         if args.device == ComputeDevice::Cpu {
@@ -128,6 +135,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     }
     if asked("pipeline") {
         let model = common::load_model(args.model.as_deref(), ComputeArg { device: args.device, compute: Precision::F32 })?;
+        if let Some(path) = &args.keep_map {
+            places(&model)?.save(path)?;
+        }
         for camera in CAMERAS {
             say(vec![pipeline(&args, &model, camera)?]);
         }
@@ -528,6 +538,24 @@ const PLACES: usize = 10_000;
 /// Columns and rows of the cameras' images: twice the shipped model's, and of another shape, as most are.
 const CAMERAS: [(u32, u32); 2] = [(640, 480), (1920, 1080)];
 
+/// The map that [`pipeline`] looks through.
+fn places(model: &Model) -> Result<Map> {
+    let mut map = Map::new(model.identity().clone());
+    let keyframe = |i: usize| Keyframe {
+        robot: 0,
+        session: 0,
+        camera: String::new(),
+        stamp_ns: i as i64 * 1_000_000_000,
+        name: String::new(),
+        odom_from_base: None,
+    };
+    map.set_preprocessing(&model.preprocessing());
+    for i in 0..PLACES {
+        map.push(keyframe(i), &Descriptor::new(noise(i, DIM).collect())?)?;
+    }
+    Ok(map)
+}
+
 /// Bytes of a camera's image to the decision, beside the descriptor's own time in turns with it.
 fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<Row> {
     let (w, h) = (model.spec().input_width, model.spec().input_height);
@@ -538,18 +566,7 @@ fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<R
         // Pixels are what a GPU takes.
         ComputeDevice::Cuda(_) => model.describe(&sized),
     };
-    let mut map = Map::new(model.identity().clone());
-    let keyframe = |i: usize| Keyframe {
-        robot: 0,
-        session: 0,
-        camera: String::new(),
-        stamp_ns: i as i64 * 1_000_000_000,
-        name: String::new(),
-        odom_from_base: None,
-    };
-    for i in 0..PLACES {
-        map.push(keyframe(i), &Descriptor::new(noise(i, DIM).collect())?)?;
-    }
+    let map = places(model)?;
     let mut detector = LoopDetector::new(structvpr::config::Config::default(), map, model.spec().recommended())?;
     let (mut whole, mut alone) = (Vec::new(), Vec::new());
     let mut stamp_ns = 2 * PLACES as i64 * 1_000_000_000;
