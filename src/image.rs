@@ -29,7 +29,7 @@ const MAX_SCANS: u32 = 50;
 const LARGE: usize = 3 << 20;
 
 /// Pixels that tell how bright an image is.
-const LUMA_PIXELS: usize = 640 * 480;
+const LUMA_PIXELS: usize = 320 * 240;
 
 const SUPPORTED: &str = "rgb8, bgr8, rgba8, bgra8, mono8, 8UC1, 8UC3, mono16, 16UC1, bayer_{rggb,bggr,gbrg,grbg}8, yuv422 (uyvy), yuv422_yuy2 (yuyv), nv21, nv24";
 
@@ -351,7 +351,7 @@ impl RgbImage {
     }
 
     /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image. Of every second row, every third and so
-    /// on where there are more than 640x480 pixels twice, three times and so on. [ours]
+    /// on where there are 320x240 pixels twice, three times and so on. [ours]
     pub fn luma_stats(&self) -> (f32, f32) {
         let (width, height) = (self.width as usize, self.height as usize);
         let every = (width * height / LUMA_PIXELS).clamp(1, height.max(1));

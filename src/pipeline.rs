@@ -532,7 +532,8 @@ impl LoopDetector {
         let radius = self.config.decision.place_radius;
         // The best of any other place than the new first; what was the second before may be of this place now.
         let second = hits.first().and_then(|best| {
-            let other = hits.iter().copied().chain(second).filter(|h| !self.map.same_place(best.row, h.row, radius));
+            let around = self.map.around(best.row, radius);
+            let other = hits.iter().copied().chain(second).filter(|h| !around.holds(self.map.place(h.row)));
             other.max_by(|a, b| a.similarity.total_cmp(&b.similarity))
         });
         Ok((hits, second, reranked))
@@ -595,8 +596,8 @@ impl LoopDetector {
         let mut k = top_k;
         loop {
             let mut hits = self.map.index().search(descriptor, k, rows);
-            let best = hits.first().map(|h| h.row);
-            let second = best.and_then(|b| hits.iter().find(|h| !self.map.same_place(b, h.row, radius)).copied());
+            let around = hits.first().map(|best| self.map.around(best.row, radius));
+            let second = around.and_then(|around| hits.iter().find(|h| !around.holds(self.map.place(h.row))).copied());
             // Where one place fills the list (a dense map, many laps) the rival lies further down.
             if second.is_some() || hits.len() < k {
                 hits.truncate(top_k);

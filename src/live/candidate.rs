@@ -1,7 +1,7 @@
 //! A decision as a list of candidates, each with what became of it.
 
 use super::geometry::Checked;
-use crate::map::{Hit, Map};
+use crate::map::{Around, Hit, Map};
 use crate::pipeline::{Decision, LoopDetector, Outcome, Reason};
 
 /// How query and match are related.
@@ -119,10 +119,10 @@ fn candidate(map: &Map, asking: Asking, rank: usize, hit: Hit, standing: Standin
 }
 
 /// What keeps any but the first hit from being the closure.
-fn also_ran(detector: &LoopDetector, best: Hit, hit: Hit) -> Why {
+fn also_ran(detector: &LoopDetector, best: &Around, hit: Hit) -> Why {
     if hit.similarity < detector.threshold() {
         Why::Detector(Reason::LowSimilarity)
-    } else if detector.map().same_place(best.row, hit.row, detector.config().decision.place_radius) {
+    } else if best.holds(detector.map().place(hit.row)) {
         Why::Duplicate
     } else {
         Why::Detector(Reason::Ambiguous)
@@ -130,7 +130,9 @@ fn also_ran(detector: &LoopDetector, best: Hit, hit: Hit) -> Why {
 }
 
 fn list(detector: &LoopDetector, asking: Asking, hits: &[Hit], first: Standing, limit: usize) -> Vec<Candidate> {
-    let standing = |rank: usize, hit: Hit| if rank == 0 { first } else { Standing::Rejected(also_ran(detector, hits[0], hit)) };
+    let Some(best) = hits.first() else { return Vec::new() };
+    let best = detector.map().around(best.row, detector.config().decision.place_radius);
+    let standing = |rank: usize, hit: Hit| if rank == 0 { first } else { Standing::Rejected(also_ran(detector, &best, hit)) };
     hits.iter().take(limit).enumerate().map(|(rank, hit)| candidate(detector.map(), asking, rank, *hit, standing(rank, *hit))).collect()
 }
 

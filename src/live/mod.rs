@@ -216,6 +216,8 @@ pub struct Engine {
     odometry: Mutex<OdometryState>,
     odometry_came: Condvar,
     settings: Mutex<Settings>,
+    /// Of the detector's settings.
+    config_hash: Mutex<String>,
     changing: Mutex<()>,
     stats: Mutex<Stats>,
     /// Writes the map's file, where there is one that is not only read. Held while the map is written or replaced; taken before
@@ -300,6 +302,7 @@ impl Engine {
             inbox: Inbox::new(names.len(), settings.input.queue_depth),
             cameras: names.iter().map(|_| Mutex::default()).collect(),
             names,
+            config_hash: Mutex::new(config_hash(detector.config())),
             detector: Mutex::new(detector),
             odometry: Mutex::default(),
             odometry_came: Condvar::new(),
@@ -349,7 +352,7 @@ impl Engine {
 
     /// Of the detector's settings: equal hashes decide alike.
     pub fn config_hash(&self) -> String {
-        config_hash(lock(&self.detector).config())
+        lock(&self.config_hash).clone()
     }
 
     /// Held from reading the settings to [`Self::apply`], so that two changes do not undo each other.
@@ -365,6 +368,7 @@ impl Engine {
         {
             let mut detector = lock(&self.detector);
             detector.set_config(new.detector())?;
+            *lock(&self.config_hash) = config_hash(detector.config());
             detector.set_localization_only(new.map.localization_only);
         }
         self.inbox.set_depth(new.input.queue_depth);

@@ -9,12 +9,17 @@ use super::dot::dot;
 use crate::descriptor::Descriptor;
 use crate::error::{Error, Result};
 use crate::simd::advise_huge_pages;
+use crate::team::team;
 use rayon::prelude::*;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Rows that are bounded before the best are picked. Their codes fit the second-level cache, so that a batch of queries reads them
 /// from memory once.
 const BLOCK: usize = 512;
+
+/// Rows from which on several threads take part in one search.
+const SHARED: usize = 8 * BLOCK;
 
 /// Rows that the first allocation holds.
 const FIRST_ROWS: usize = 256;
@@ -102,12 +107,32 @@ impl Index {
     /// The `k` best rows inside `ranges` (ascending, disjoint), best first; equal similarity: lower
     /// row first. Rows whose similarity is not a number are never returned.
     pub fn search(&self, query: &Descriptor, k: usize, ranges: &[Range<usize>]) -> Vec<Hit> {
-        let mut scans = [Scan::new(self, query, k)];
-        for range in ranges {
-            self.scan(&mut scans, range);
+        let threads = rayon::current_num_threads();
+        if threads == 1 || ranges.iter().map(|r| r.end.min(self.len()).saturating_sub(r.start)).sum::<usize>() < SHARED {
+            let mut scans = [Scan::new(self, query, k)];
+            ranges.iter().for_each(|range| self.scan(&mut scans, range));
+            let [scan] = scans;
+            return scan.finish();
         }
-        let [scan] = scans;
-        scan.finish()
+        self.search_with(threads, query, k, ranges)
+    }
+
+    /// By several threads, each of which takes the next part until none is left.
+    fn search_with(&self, threads: usize, query: &Descriptor, k: usize, ranges: &[Range<usize>]) -> Vec<Hit> {
+        let ends = ranges.iter().map(|r| (r.start, r.end.min(self.len())));
+        let parts: Vec<Range<usize>> =
+            ends.flat_map(|(start, end)| (start..end).step_by(BLOCK).map(move |at| at..end.min(at + BLOCK))).collect();
+        let next = AtomicUsize::new(0);
+        let mut scans: Vec<_> = (0..threads.min(parts.len()).max(1)).map(|_| [Scan::new(self, query, k)]).collect();
+        team(&mut scans, &|| next.load(Ordering::Relaxed) < parts.len(), &|scan| {
+            while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.scan(scan, part);
+            }
+        });
+        let mut scans = scans.into_iter().map(|[scan]| scan);
+        // There is at least one.
+        let Some(first) = scans.next() else { return Vec::new() };
+        scans.fold(first, Scan::with).finish()
     }
 
     /// [`Index::search`] in all rows for each query; parallel over queries, which share what is read from memory.
@@ -203,6 +228,16 @@ impl<'a> Scan<'a> {
         }
     }
 
+    /// What two have seen of different rows.
+    fn with(mut self, other: Self) -> Self {
+        self.floors.extend(other.floors);
+        self.floors.sort_unstable_by(|a, b| b.total_cmp(a));
+        self.floors.truncate(self.k);
+        self.open.extend(other.open);
+        self.open.sort_unstable_by_key(|(row, _)| *row);
+        self
+    }
+
     /// The exact similarities of what is left.
     fn finish(self) -> Vec<Hit> {
         let floor = self.floor();
@@ -263,6 +298,9 @@ mod tests {
                 all.truncate(k);
                 prop_assert_eq!(got, &all);
                 prop_assert_eq!(got, &index.search(query, k, std::slice::from_ref(&(0..index.len()))));
+                // However the rows are shared, ranges that touch among them.
+                let ranges = [0..index.len() / 3, index.len() / 3..index.len()];
+                for threads in [1, 2, 5] { prop_assert_eq!(got, &index.search_with(threads, query, k, &ranges)); }
             }
         }
     }

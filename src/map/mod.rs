@@ -80,6 +80,8 @@ pub struct Map {
     links: Vec<Link>,
     /// Where each row stands in its track.
     places: Vec<Place>,
+    /// Stamp of each row, nanoseconds: what every search asks of all of them lies together.
+    stamps: Vec<i64>,
     /// Number and length so far of the track of each session's cameras.
     tracks: BTreeMap<(u32, String), Place>,
     /// Shared, so that a copy of the map for saving does not copy them.
@@ -177,6 +179,7 @@ impl Map {
         let mut place = self.next_place(keyframe.session, &keyframe.camera);
         place.position = position;
         self.places.push(place);
+        self.stamps.push(keyframe.stamp_ns);
         self.tracks.insert((keyframe.session, keyframe.camera.clone()), Place { position: position.saturating_add(1), ..place });
         self.keyframes.push(keyframe);
         self.ids.push(id);
@@ -321,18 +324,17 @@ impl Map {
     /// own those that are neither among the last `keyframes` of their camera nor younger than `seconds`.
     pub fn outside_window(&self, session: u32, stamp_ns: i64, seconds: f64, keyframes: usize) -> Vec<Range<usize>> {
         let window = (seconds * 1e9) as i64;
-        // First position of each own track that is too recent by count.
-        let own: BTreeMap<u32, usize> = self
+        // First position of each own track that is too recent by count. Tracks of other sessions are not among them.
+        let own: Vec<(u32, usize)> = self
             .tracks
             .iter()
             .filter(|((s, _), _)| *s == session)
             .map(|(_, end)| (end.track, (end.position as usize).saturating_sub(keyframes)))
             .collect();
         let mut ranges: Vec<Range<usize>> = Vec::new();
-        for (row, (keyframe, place)) in self.keyframes.iter().zip(&self.places).enumerate() {
-            let open = keyframe.session != session
-                || ((place.position as usize) < own.get(&place.track).copied().unwrap_or(0)
-                    && stamp_ns.saturating_sub(keyframe.stamp_ns) >= window);
+        for (row, (place, stamp)) in self.places.iter().zip(&self.stamps).enumerate() {
+            let too_recent = own.iter().find(|(track, _)| *track == place.track).map(|(_, first)| *first);
+            let open = too_recent.is_none_or(|first| (place.position as usize) < first && stamp_ns.saturating_sub(*stamp) >= window);
             if open {
                 match ranges.last_mut() {
                     Some(last) if last.end == row => last.end += 1,
@@ -385,8 +387,33 @@ impl Map {
     /// Whether rows `a` and `b` show one place: at most `radius` keyframes apart along one track, or
     /// joined by an accepted closure whose ends are that near to them.
     pub fn same_place(&self, a: usize, b: usize, radius: usize) -> bool {
-        let near = |a: usize, b: usize| self.places[a].near(self.places[b], radius);
-        near(a, b) || self.links.iter().any(|l| (near(a, l.query) && near(b, l.matched)) || (near(b, l.query) && near(a, l.matched)))
+        self.places[a].near(self.places[b], radius) || self.around(a, radius).holds(self.places[b])
+    }
+
+    /// The place that `row` shows; one look at all closures, for any number of [`Map::same_place`].
+    pub fn around(&self, row: usize, radius: usize) -> Around {
+        let own = self.places[row];
+        let mut places = vec![own];
+        for link in &self.links {
+            let (query, matched) = (self.places[link.query], self.places[link.matched]);
+            places.extend(own.near(query, radius).then_some(matched));
+            places.extend(own.near(matched, radius).then_some(query));
+        }
+        Around { places, radius }
+    }
+}
+
+/// One place: all that is near a row, or near the other end of a closure that ends near it.
+#[derive(Clone, Debug)]
+pub struct Around {
+    places: Vec<Place>,
+    radius: usize,
+}
+
+impl Around {
+    /// Whether `place` is part of it.
+    pub fn holds(&self, place: Place) -> bool {
+        self.places.iter().any(|p| p.near(place, self.radius))
     }
 }
 

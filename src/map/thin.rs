@@ -107,6 +107,7 @@ impl Map {
         }
         stay(&mut self.keyframes, gone);
         stay(&mut self.places, gone);
+        stay(&mut self.stamps, gone);
         stay(&mut self.ids, gone);
         self.index.retain(|row| !gone[row]);
         self.thumbnails = std::mem::take(&mut self.thumbnails).into_iter().filter_map(|(row, t)| Some((new[row]?, t))).collect();

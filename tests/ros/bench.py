@@ -25,7 +25,7 @@ def main():
     namespace = f"/bench_{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
         # Every image that is not too soon becomes a keyframe, so that each describes, searches, decides and publishes.
-        params = {"keyframe.min_descriptor_change": 0.0, "keyframe.min_interval_s": 0.0, "publish.diagnostics_period_s": 1.0}
+        params = {"keyframe.min_descriptor_change": 0.0, "publish.diagnostics_period_s": 1.0}
         params["map.file"] = f"{folder}/map.svpr"
         made = [TOOLS / "structvpr", "bench", "--only", "pipeline", "--rounds", "3", "--keep-map", params["map.file"]]
         subprocess.run(made, check=True, stdout=subprocess.DEVNULL)
@@ -34,7 +34,7 @@ def main():
         robot = Robot(namespace)
         heard, arrived = robot.candidates(), []
         robot.diagnostics()
-        command = [sys.executable, Path(__file__).with_name("camera.py"), namespace, RATE, SECONDS, WIDTH, HEIGHT, "--wall"]
+        command = [sys.executable, Path(__file__).with_name("camera.py"), namespace, RATE, SECONDS, WIDTH, HEIGHT, "--wall", "--places"]
         camera = subprocess.Popen([str(c) for c in command], stdout=subprocess.DEVNULL)
         while camera.poll() is None:
             robot.executor.spin_once(timeout_sec=0.05)

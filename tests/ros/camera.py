@@ -1,12 +1,14 @@
-"""A camera: python camera.py NAMESPACE HZ SECONDS WIDTH HEIGHT [--wall] publishes rgb8 images, best effort, and says how many.
+"""A camera: python camera.py NAMESPACE HZ SECONDS WIDTH HEIGHT [--wall] [--places] publishes rgb8 images, best effort, and says how many.
 
-Stamps count from 0; with --wall they are the time of publication.
+Stamps count from 0; with --wall they are the time of publication. The images are of one wave that moves; with --places each is
+of blocks of other colours.
 """
 
 import os
 import sys
 import time
 
+import numpy as np
 import rclpy
 from rclpy.qos import qos_profile_sensor_data
 from sensor_msgs.msg import Image
@@ -23,11 +25,15 @@ def main():
     m = Image(height=height, width=width, encoding="rgb8", step=3 * width)
     m.header.frame_id = "camera"
     pixels = os.urandom(3 * width) * (height + 1)
+    random = np.random.default_rng(7)
     start = time.monotonic()
     for i in range(rate * seconds):
         # A wave that moves: no two images are alike.
         shift = 3 * (i * 7 % width)
         m.data = pixels[shift : shift + 3 * width * height]
+        if "--places" in sys.argv:
+            colours = random.integers(0, 256, (height // 20, width // 20, 3), np.uint8)
+            m.data = colours.repeat(20, 0).repeat(20, 1).tobytes()
         m.header.stamp.sec, m.header.stamp.nanosec = i // rate, i % rate * 1_000_000_000 // rate
         if "--wall" in sys.argv:
             now = time.time_ns()

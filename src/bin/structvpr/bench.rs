@@ -581,8 +581,8 @@ fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<R
             let bytes = 3 * columns as usize * rows as usize;
             let data: Vec<u8> = (0..bytes).map(|p| ((p * 2_654_435_761 + stamp_ns as usize) >> 13) as u8).collect();
             let began = Instant::now();
-            let raw = RawImage { width: columns, height: rows, encoding: "bgr8", is_bigendian: false, step: 3 * columns, data: &data };
-            let image = RgbImage::from_raw(&raw)?;
+            let form = RawImage { width: columns, height: rows, encoding: "bgr8", is_bigendian: false, step: 3 * columns, data: &[] };
+            let ((), image) = RgbImage::from_message(data, |data| Ok(((), RawImage { data, ..form })))?;
             let frame = Frame {
                 camera: String::new(),
                 stamp_ns,
