@@ -218,13 +218,14 @@ proptest! {
         width in 0u32..40, height in 0u32..40, step in 0u32..200, encoding in 0usize..ENCODINGS.len(),
         data in proptest::collection::vec(any::<u8>(), 0..6000), is_bigendian in any::<bool>(),
     ) {
-        let r = RawImage { width, height, encoding: ENCODINGS[encoding], is_bigendian, step, data: &data };
+        let form = RawImage { width, height, encoding: ENCODINGS[encoding], is_bigendian, step, data: &[] };
+        let r = RawImage { data: &data, ..form };
         if let Ok(image) = RgbImage::from_raw(&r) {
             prop_assert_eq!((image.width(), image.height(), image.data().len()), (width, height, (3 * width * height) as usize));
         }
         // Where it lies in a message, among other bytes.
         let message = [&[1, 2, 3][..], &data, &[4]].concat();
-        let there = RgbImage::from_message(message, |m| Ok(((), RawImage { data: &m[3..][..data.len()], ..r })));
+        let there = RgbImage::from_message(message, |m| Ok(((), RawImage { data: &m[3..][..data.len()], ..form })));
         prop_assert_eq!(there.map(|(_, image)| image).map_err(|e| e.to_string()), RgbImage::from_raw(&r).map_err(|e| e.to_string()));
         let huge = RawImage { width: width.wrapping_mul(0x0f00_0001), height: height.wrapping_mul(0x00f0_0001), ..r };
         let _ = RgbImage::from_raw(&huge);

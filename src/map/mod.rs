@@ -555,6 +555,42 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        /// Against the definitions, row by row, also where rows have gone.
+        #[test]
+        fn the_window_and_a_place_are_what_they_are_said_to_be(
+            rows in proptest::collection::vec((0u32..3, 0usize..2, 0i64..60), 1..60), at in -9i64..90, seconds in 0i64..30, count in 0usize..5,
+            ends in proptest::collection::vec((0usize..60, 0usize..60), 0..12), radius in 0usize..4, left in 1usize..60,
+        ) {
+            let mut m = Map::new(ModelIdentity::default());
+            let d = Descriptor::new(vec![1.0, 0.0]).unwrap();
+            for (session, camera, stamp) in &rows {
+                m.push(of_camera(*session, ["front", "rear"][*camera], *stamp), &d).unwrap();
+            }
+            ends.iter().for_each(|(a, b)| m.link(Link { query: a % rows.len(), matched: b % rows.len(), similarity: 0.5 }));
+            m.thin(left);
+            let n = m.keyframes().len();
+            for session in 0..4 {
+                let got: Vec<usize> = m.outside_window(session, at * 1_000_000_000, seconds as f64, count).into_iter().flatten().collect();
+                let open = |row: &usize| {
+                    let k = &m.keyframes()[*row];
+                    let behind = m.place(*row).position as usize + count < m.next_place(k.session, &k.camera).position as usize;
+                    k.session != session || behind && at * 1_000_000_000 - k.stamp_ns >= seconds * 1_000_000_000
+                };
+                proptest::prop_assert_eq!(got, (0..n).filter(open).collect::<Vec<_>>());
+            }
+            for a in 0..n {
+                let around = m.around(a, radius);
+                for b in 0..n {
+                    let near = |a: usize, b: usize| m.place(a).near(m.place(b), radius);
+                    let joined = |l: &Link| near(a, l.query) && near(b, l.matched) || near(b, l.query) && near(a, l.matched);
+                    let same = near(a, b) || m.links().iter().any(joined);
+                    proptest::prop_assert_eq!((around.holds(m.place(b)), m.same_place(a, b, radius)), (same, same));
+                }
+            }
+        }
+    }
+
     #[test]
     fn closures_join_places_so_that_a_third_lap_is_not_ambiguous() {
         let mut m = map(&(0..60).map(|i| (0, i)).collect::<Vec<_>>());
