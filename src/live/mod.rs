@@ -274,7 +274,10 @@ impl Engine {
         detector.set_robot(robot);
         detector.set_localization_only(settings.map.localization_only);
         if model.precision() != precision {
-            notes.push(format!("model.compute: {precision}: this processor has no AMX; computing in {}", model.precision()));
+            notes.push(format!(
+                "model.compute: {precision}: this processor has neither AMX nor AVX-512 BF16; computing in {}",
+                model.precision()
+            ));
         }
         let verifier = Reranker::from_settings(&settings.verification)?;
         let verifies = verifier.is_some();

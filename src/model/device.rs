@@ -44,7 +44,7 @@ pub enum Precision {
     F32,
     /// 16-bit floating point, sums in f32; computed in on CUDA only.
     F16,
-    /// bfloat16, sums in f32; the first block in f32. Computed in on processors with AMX only; elsewhere it is f32.
+    /// bfloat16, sums in f32; the first block in f32. Computed in on processors with AMX or AVX-512 BF16; elsewhere it is f32.
     Bf16,
     /// 8-bit weights and values, exact sums: for processors with VNNI, and for AVX2.
     Int8,

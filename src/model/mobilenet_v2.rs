@@ -198,16 +198,16 @@ impl MobileNetV2 {
         self.folded(int8, Plan::new)
     }
 
-    /// As [`Self::plan`], in bfloat16 behind the first block where the processor has AMX, elsewhere in f32. See [`Self::fitted16`].
+    /// As [`Self::plan`], in bfloat16 behind the first block where the processor multiplies it, elsewhere in f32. See [`Self::fitted16`].
     pub fn plan16(&self) -> Result<Plan> {
         self.folded(None, Plan::bf16)
     }
 
     /// The same network for [`Self::plan16`]: what rounding weights to bfloat16 does in the mean of `pictures`, 1 x 3 x H x W each, is
-    /// taken back with the biases. Where the processor has no AMX nothing is rounded, and nothing changes.
+    /// taken back with the biases. Where the processor multiplies no bfloat16 nothing is rounded, and nothing changes.
     pub fn fitted16(&self, pictures: &[Tensor]) -> Result<Self> {
         let mut net = self.clone();
-        if !Plan::has_bf16() {
+        if Plan::bf16_products().is_none() {
             return Ok(net);
         }
         let means = self.means(pictures)?;

@@ -183,7 +183,7 @@ impl Model {
         }
     }
 
-    /// What its network computes in: what was asked for, but f32 in place of bf16 where the processor has no AMX.
+    /// What its network computes in: what was asked for, but f32 in place of bf16 where the processor multiplies none.
     pub fn precision(&self) -> Precision {
         match &self.network {
             Network::Cpu(plan) if self.precision == Precision::Bf16 && !plan.is_bf16() => Precision::F32,

@@ -212,7 +212,7 @@ fn off(want: &Descriptor, model: &Model, image: &RgbImage) -> f64 {
     1.0 - f64::from(crate::map::dot(want.as_slice(), model.describe(image).unwrap().as_slice()))
 }
 
-/// In bfloat16 the same descriptor but for rounding, nearer than in 8 bits; where there is no AMX, to the last bit.
+/// In bfloat16 the same descriptor but for rounding, nearer than in 8 bits; where nothing multiplies bfloat16, to the last bit.
 #[test]
 fn bf16_describes_as_f32_does() {
     let on = |p| Model::shipped().unwrap().on(ComputeDevice::Cpu, p).unwrap();

@@ -145,7 +145,7 @@ fn compare_sets_what_a_reduced_precision_costs_beside_the_time_it_saves() {
     let compare = ["compare", "--dataset", &dataset, "--method", "shipped", "--compute"];
     let with = |more: &[&'static str]| [&compare, more].concat();
     let rows: serde_json::Value = serde_json::from_str(&ok(&with(&["f32,bf16,int8", "--json"]))).unwrap();
-    let amx = structvpr::model::kernels::Plan::has_bf16();
+    let bf16 = structvpr::model::kernels::Plan::bf16_products().is_some();
     for (name, computes) in [("f32", "f32"), ("bf16", if amx { "bf16" } else { "f32" }), ("int8", "int8")] {
         let row = &rows[format!("shipped@{name}")];
         // What was asked for is the name, what was done is beside it.
@@ -268,10 +268,10 @@ fn convert_writes_what_every_command_loads() {
         }
     }
     // What the processor cannot do is said.
-    let amx = Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Bf16).unwrap().precision() == Precision::Bf16;
+    let has = Model::shipped().unwrap().on(ComputeDevice::Cpu, Precision::Bf16).unwrap().precision() == Precision::Bf16;
     let day = dir.path().join("day");
     let said = fails(&["describe", day.to_str().unwrap(), "--compute", "bf16", "--out", "/nowhere/d.npz"]);
-    assert_eq!(said.contains("no AMX; computing in f32"), !amx, "{said}");
+    assert_eq!(said.contains("neither AMX nor AVX-512 BF16; computing in f32"), !has, "{said}");
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "5x5"]).contains("5x5"));
     assert!(fails(&["convert", shipped, "--out", out, "--input-size", "big"]).contains("WxH"));
     assert!(fails(&["convert", shipped, "--out", "/nowhere/m.safetensors"]).contains("/nowhere"));

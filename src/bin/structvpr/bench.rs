@@ -18,6 +18,7 @@ use structvpr::features::{CompactFeatures, Features};
 use structvpr::geometry::{mutual_matches, verify, VerifyConfig, View};
 use structvpr::image::{RawImage, RgbImage};
 use structvpr::map::{Hit, Index, Keyframe, Map};
+use structvpr::model::kernels::{Plan, Products};
 use structvpr::model::{Architecture, ComputeDevice, LocalNet, LocalWeights, Model, Precision, MAX_SIDE, MIN_SIDE};
 use structvpr::pipeline::{Frame, LoopDetector};
 use structvpr::simd::Isa;
@@ -374,7 +375,7 @@ fn descriptors(args: &Args, say: &mut impl FnMut(Vec<Row>)) -> Result<()> {
         for precision in [Precision::Bf16, Precision::Int8] {
             model = model.on(ComputeDevice::Cpu, precision)?;
             for peer in [Runtime::Onnx, Runtime::OpenVinoBf16] {
-                // Without AMX bf16 is f32, which has been measured.
+                // Where nothing multiplies bfloat16 it is f32, which has been measured.
                 if model.precision() == precision && (peer == Runtime::Onnx || args.peers && has_bf16()) {
                     say(vec![descriptor(args, &model, peer)?]);
                 }
@@ -399,7 +400,12 @@ fn models(args: &Args) -> Result<Vec<Model>> {
 
 /// What of the processor's instructions kernels are chosen by.
 fn instructions() -> String {
-    format!("{:?}{}", Isa::detect(), if structvpr::model::kernels::Plan::has_bf16() { " with AMX" } else { "" })
+    let bf16 = match Plan::bf16_products() {
+        Some(Products::Tiles) => " with AMX",
+        Some(Products::Vectors) => " with BF16",
+        None => "",
+    };
+    format!("{:?}{bf16}", Isa::detect())
 }
 
 /// OpenVINO falls back to f32 without these instructions.

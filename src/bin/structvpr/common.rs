@@ -34,7 +34,7 @@ pub fn open_model(path: Option<&Path>) -> Result<Model> {
 pub fn compute_on(model: Model, device: ComputeDevice, compute: Precision) -> Result<Model> {
     let model = model.on(device, compute)?;
     if model.precision() != compute {
-        eprintln!("--compute {compute}: this processor has no AMX; computing in {}", model.precision());
+        eprintln!("--compute {compute}: this processor has neither AMX nor AVX-512 BF16; computing in {}", model.precision());
     }
     Ok(model)
 }
@@ -51,8 +51,8 @@ pub struct ComputeArg {
     /// Where the network runs: cpu, or cuda:N in a build with --features cuda.
     #[arg(long, default_value = "cpu", value_name = "cpu|cuda:N")]
     pub device: ComputeDevice,
-    /// What the network computes in: f32; bf16 (cpu), where the processor has AMX; int8 (cpu), which is faster where it has VNNI; f16
-    /// (cuda). Descriptors of all compare.
+    /// What the network computes in: f32; bf16 (cpu), where the processor has AMX or AVX-512 BF16; int8 (cpu), which is faster where it
+    /// has VNNI; f16 (cuda). Descriptors of all compare.
     #[arg(long, default_value = "f32", value_name = "f32|f16|bf16|int8")]
     pub compute: Precision,
 }

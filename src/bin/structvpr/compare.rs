@@ -49,7 +49,7 @@ struct Row {
 /// What one image takes, from pixels to its descriptor.
 #[derive(Serialize)]
 struct Time {
-    /// What the network computed in; f32 where bf16 was asked for and the processor has no AMX.
+    /// What the network computed in; f32 where bf16 was asked for and the processor multiplies none.
     compute: String,
     device: String,
     threads: usize,

@@ -1,5 +1,6 @@
 //! Convolutions on bfloat16: 8 bits of each value and weight, of f32's range, sums in f32. AMX's tiles multiply and add sixteen times as
-//! much in a cycle as f32's vectors, and what they write and read is half as large.
+//! much in a cycle as f32's vectors, AVX-512's own products (Zen 4, Cooper Lake) twice as much, and what they write and read is half
+//! as large.
 //!
 //! Channels lie in lines of 32, which are a line of the cache. A 1x1 convolution takes and gives them in their order. A depthwise one
 //! takes the line as 16 numbers of 32 bits, whose upper halves are the odd channels and whose lower halves are the even ones, and
@@ -12,8 +13,39 @@ use super::pointwise::{padded, UNIT};
 pub(super) const LINE: usize = 2 * UNIT;
 /// Pixels of a tile.
 const TALL: usize = 16;
+/// Pixels that vectors work on at once; a tile is whole blocks of them.
+const PIXELS: usize = TALL / 2;
 /// What a depthwise convolution has of each channel: taps and bias.
 const PARTS: usize = 10;
+
+/// What multiplies bfloat16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// AMX.
+    Tiles,
+    /// AVX-512's dot products of two pairs.
+    Vectors,
+}
+
+impl Products {
+    /// The faster one that this processor has.
+    pub fn detect() -> Option<Self> {
+        Self::available().next()
+    }
+
+    /// Those that it has, the faster one first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        [(tiles(), Self::Tiles), (vectors(), Self::Vectors)].into_iter().filter_map(|(has, products)| has.then_some(products))
+    }
+}
+
+/// Whether this processor has dot products of bfloat16 in vectors.
+fn vectors() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512bw");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
 
 /// Whether this processor has AMX for bfloat16, and the system lets us use it.
 pub(super) fn tiles() -> bool {
@@ -56,6 +88,7 @@ fn place(channel: usize) -> usize {
 #[derive(Debug)]
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // nothing multiplies them elsewhere
 pub(super) struct Packed16 {
+    products: Products,
     /// Padded to whole units.
     pub inputs: usize,
     /// Padded likewise.
@@ -67,19 +100,20 @@ pub(super) struct Packed16 {
 
 impl Packed16 {
     /// From `weights`, O x I, and `bias`, O, for outputs that are whole lines.
-    pub fn expand(weights: &[f32], bias: &[f32]) -> Self {
-        Self::new(weights, bias, lined(bias.len()), |i| i)
+    pub fn expand(weights: &[f32], bias: &[f32], products: Products) -> Self {
+        Self::new(weights, bias, lined(bias.len()), |i| i, products)
     }
 
     /// From `weights`, O x I, and `bias`, O, for inputs that come from a depthwise convolution.
-    pub fn project(weights: &[f32], bias: &[f32]) -> Self {
-        Self::new(weights, bias, padded(bias.len()), place)
+    pub fn project(weights: &[f32], bias: &[f32], products: Products) -> Self {
+        Self::new(weights, bias, padded(bias.len()), place, products)
     }
 
-    fn new(weights: &[f32], bias: &[f32], outputs: usize, place: fn(usize) -> usize) -> Self {
+    fn new(weights: &[f32], bias: &[f32], outputs: usize, place: fn(usize) -> usize, products: Products) -> Self {
         let inputs = weights.len() / bias.len().max(1);
         let depth = lined(inputs);
-        let mut packed = Self { inputs: padded(inputs), outputs, weights: Aligned::new(outputs * depth), bias: Aligned::new(outputs) };
+        let mut packed =
+            Self { products, inputs: padded(inputs), outputs, weights: Aligned::new(outputs * depth), bias: Aligned::new(outputs) };
         packed.bias.values_mut()[..bias.len()].copy_from_slice(bias);
         for (o, row) in weights.chunks_exact(inputs.max(1)).enumerate() {
             let to = &mut packed.weights.values_mut()[o / UNIT * UNIT * depth..][..UNIT * depth];
@@ -134,8 +168,7 @@ mod x86 {
         static TILES: OnceLock<bool> = OnceLock::new();
         *TILES.get_or_init(|| {
             const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
-            let vectors = std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512bw");
-            vectors && __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES && allowed()
+            vectors() && __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES && allowed()
         })
     }
 
@@ -196,6 +229,14 @@ mod x86 {
         _mm512_min_ps(_mm512_set1_ps(6.0), _mm512_max_ps(_mm512_setzero_ps(), x))
     }
 
+    /// As pairs of bfloat16.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn bits(pairs: __m512i) -> __m512bh {
+        // SAFETY: both are 512 bits.
+        unsafe { std::mem::transmute(pairs) }
+    }
+
     /// A line of two vectors.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -225,27 +266,27 @@ mod x86 {
     ///
     /// # Safety
     ///
-    /// [`Tiles`] lives on this thread.
+    /// The processor has the products of `packed`; where they are tiles, [`Tiles`] lives on this thread.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(in super::super) unsafe fn expand16(packed: &Packed16, pixels: usize, codes: &[u16], out: &mut [u16]) {
         assert!(packed.outputs.is_multiple_of(LINE) && out.len() >= pixels * packed.outputs, "bf16: lines");
         let call = Call::new(packed, pixels, codes);
         // SAFETY: the caller's promise; the assertion: outputs of every pixel are there, whole lines.
-        unsafe { call.tiles::<true>(std::ptr::null(), out.as_mut_ptr().cast()) }
+        unsafe { call.by::<true>(packed.products, std::ptr::null(), out.as_mut_ptr().cast()) }
     }
 
     /// `x w^T + bias + residual` of `pixels` pixels, whose codes are whole tiles, to `out`, `packed.outputs` values each.
     ///
     /// # Safety
     ///
-    /// [`Tiles`] lives on this thread.
+    /// As [`expand16`].
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(in super::super) unsafe fn project16(packed: &Packed16, pixels: usize, codes: &[u16], residual: Option<&[f32]>, out: &mut [f32]) {
         assert!(out.len() >= pixels * packed.outputs, "bf16: output");
         assert!(residual.is_none_or(|r| r.len() >= pixels * packed.outputs), "bf16: residual");
         let call = Call::new(packed, pixels, codes);
         // SAFETY: the caller's promise; the assertions: outputs and residuals of every pixel are there.
-        unsafe { call.tiles::<false>(residual.map_or(std::ptr::null(), <[f32]>::as_ptr), out.as_mut_ptr()) }
+        unsafe { call.by::<false>(packed.products, residual.map_or(std::ptr::null(), <[f32]>::as_ptr), out.as_mut_ptr()) }
     }
 
     /// A product: codes of whole tiles, and whole units of weights.
@@ -289,8 +330,88 @@ mod x86 {
         ///
         /// # Safety
         ///
-        /// [`Tiles`] lives on this thread; `out`, and `residual` if not null, hold the outputs of every pixel, which are whole lines if
-        /// `LINES`.
+        /// The processor has the products, and [`Tiles`] lives on this thread where they are tiles; `out`, and `residual` if not null, hold
+        /// the outputs of every pixel, which are whole lines if `LINES`.
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        unsafe fn by<const LINES: bool>(self, products: Products, residual: *const f32, out: *mut f32) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match products {
+                    Products::Tiles => self.tiles::<LINES>(residual, out),
+                    Products::Vectors => self.vectors::<LINES>(residual, out),
+                }
+            }
+        }
+
+        /// # Safety
+        ///
+        /// As [`Self::by`], of vectors.
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        unsafe fn vectors<const LINES: bool>(self, residual: *const f32, out: *mut f32) {
+            // Two units' weights stay in the first-level cache while pixels pass.
+            for unit in (0..self.units).step_by(2) {
+                for pixel in (0..self.pixels).step_by(PIXELS) {
+                    // SAFETY: the caller's promise; whole tiles of pixels have codes, so blocks of them have, too.
+                    unsafe {
+                        if self.units - unit > 1 {
+                            self.block::<LINES, 2>(pixel, unit, residual, out);
+                        } else {
+                            self.block::<LINES, 1>(pixel, unit, residual, out);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// [`PIXELS`] pixels from `pixel` on, of whose codes two follow one another in 32 bits, and `UNITS` units of channels from `unit` on.
+        ///
+        /// # Safety
+        ///
+        /// As [`Self::vectors`], of whose loops this is a part; units are two if `LINES`.
+        #[inline]
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        unsafe fn block<const LINES: bool, const UNITS: usize>(self, pixel: usize, unit: usize, residual: *const f32, out: *mut f32) {
+            let (wide, rows) = (self.units * UNIT, (self.pixels - pixel).min(PIXELS));
+            // SAFETY: the caller's promise: codes of whole tiles are there, weights and biases of whole units; of the outputs those of the
+            // pixels that there are.
+            unsafe {
+                let mut sums = [[_mm512_setzero_ps(); UNITS]; PIXELS];
+                for u in 0..UNITS {
+                    let bias = _mm512_loadu_ps(self.bias.add((unit + u) * UNIT));
+                    sums.iter_mut().for_each(|of_pixel| of_pixel[u] = bias);
+                }
+                let (x, weights) = (self.x.add(pixel * self.depth), self.weights.add(unit * UNIT * self.depth));
+                for at in (0..self.depth).step_by(2) {
+                    let mut pairs = [_mm512_setzero_si512(); UNITS];
+                    for (u, pairs) in pairs.iter_mut().enumerate() {
+                        *pairs = _mm512_loadu_si512(weights.add((u * self.depth + at) * UNIT).cast());
+                    }
+                    for (p, sums) in sums.iter_mut().enumerate() {
+                        let pair = _mm512_set1_epi32(x.add(p * self.depth + at).cast::<i32>().read_unaligned());
+                        for (sum, pairs) in sums.iter_mut().zip(pairs) {
+                            *sum = _mm512_dpbf16_ps(*sum, bits(pair), bits(pairs));
+                        }
+                    }
+                }
+                for (p, sums) in sums.into_iter().enumerate().take(rows) {
+                    let at = (pixel + p) * wide + unit * UNIT;
+                    if LINES {
+                        _mm512_storeu_si512(out.cast::<u16>().add(at).cast(), line(relu6(sums[0]), relu6(sums[UNITS - 1])));
+                    } else {
+                        for (u, mut sum) in sums.into_iter().enumerate() {
+                            if !residual.is_null() {
+                                sum = _mm512_add_ps(sum, _mm512_loadu_ps(residual.add(at + u * UNIT)));
+                            }
+                            _mm512_storeu_ps(out.add(at + u * UNIT), sum);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// # Safety
+        ///
+        /// As [`Self::by`], of tiles.
         #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
         unsafe fn tiles<const LINES: bool>(self, residual: *const f32, out: *mut f32) {
             let mut sums = [const { Sums([0.0; 4 * TALL * UNIT]) }; 2];
@@ -665,12 +786,20 @@ mod tests {
         f32::from_bits(u32::from(code) << 16)
     }
 
-    /// Whether `test` can be run; if not, says so once.
-    fn tiles_for(test: &str, said: &std::sync::Once) -> bool {
-        if !tiles() {
-            said.call_once(|| eprintln!("skipped {test}: this processor has no AMX"));
+    /// What `test` can be run by; if by nothing, says so once.
+    fn products_for(test: &str, said: &std::sync::Once) -> Vec<Products> {
+        let all: Vec<_> = Products::available().collect();
+        if all.is_empty() {
+            said.call_once(|| eprintln!("skipped {test}: this processor multiplies no bfloat16"));
         }
-        tiles()
+        all
+    }
+
+    /// `f` with tiles, where `products` are.
+    fn with(products: Products, f: impl FnOnce()) {
+        // SAFETY: the processor has these products.
+        let _tiles = (products == Products::Tiles).then(|| unsafe { Tiles::new() });
+        f();
     }
 
     /// What a depthwise convolution's order puts where.
@@ -691,21 +820,18 @@ mod tests {
             residual: bool, large in -3f32..3.0, seed in any::<u64>(),
         ) {
             static SAID: std::sync::Once = std::sync::Once::new();
-            if !tiles_for("products_are_by_the_definition", &SAID) {
-                return Ok(());
-            }
+            for products in products_for("products_are_by_the_definition", &SAID) {
             let (weights, bias) = (noise(seed, inputs * outputs), noise(seed ^ 1, outputs));
             let wide = padded(inputs);
             let of = |p: usize, i: usize| 10f32.powf(large) * crate::test_noise(seed ^ 2, (p * inputs + i) as u64);
             let values: Vec<f32> = (0..pixels * wide).map(|i| if i % wide < inputs { of(i / wide, i % wide) } else { 0.0 }).collect();
-            let (expand, project) = (Packed16::expand(&weights, &bias), Packed16::project(&weights, &bias));
+            let (expand, project) = (Packed16::expand(&weights, &bias, products), Packed16::project(&weights, &bias, products));
             let added = if residual { noise(seed ^ 3, pixels * project.outputs) } else { Vec::new() };
             let mut codes = vec![0u16; codes16(pixels, inputs)];
             let mut lines = vec![0u16; pixels * expand.outputs];
             let mut out = vec![f32::NAN; pixels * project.outputs];
-            // SAFETY: there are tiles.
-            unsafe {
-                let _tiles = Tiles::new();
+            // SAFETY: the processor has these products.
+            with(products, || unsafe {
                 encode16(&values, wide, &mut codes);
                 expand16(&expand, pixels, &codes, &mut lines);
                 let mut placed = vec![0u16; codes.len()];
@@ -713,7 +839,7 @@ mod tests {
                     from.iter().enumerate().for_each(|(c, code)| to[place(c)] = *code);
                 }
                 project16(&project, pixels, &placed, residual.then_some(&added[..]), &mut out);
-            }
+            });
             for p in 0..pixels {
                 for o in 0..expand.outputs {
                     let (mut sum, mut size) = (f64::from(bias.get(o).copied().unwrap_or(0.0)), 1.0);
@@ -730,6 +856,7 @@ mod tests {
                     }
                 }
             }
+            }
         }
 
         /// Against the definition, with borders on every side, both strides, one row and two.
@@ -739,7 +866,7 @@ mod tests {
             together in 1usize..=2, seed in any::<u64>(),
         ) {
             static SAID: std::sync::Once = std::sync::Once::new();
-            if !tiles_for("depthwise_is_by_the_definition", &SAID) || width + left + right < 3 {
+            if products_for("depthwise_is_by_the_definition", &SAID).is_empty() || width + left + right < 3 {
                 return Ok(());
             }
             let (taps, bias) = (noise(seed, channels * 9), noise(seed ^ 1, channels));
@@ -752,7 +879,7 @@ mod tests {
             let rows: Vec<&[u16]> = rows.iter().map(Vec::as_slice).collect();
             let mut out = vec![0xffffu16; together * out_width * wide];
             let op = Depthwise16::new(&taps, &bias);
-            // SAFETY: there are vectors where there are tiles.
+            // SAFETY: there are such vectors where there are such products.
             unsafe { depthwise16(&op, stride, left, width, &rows, out_width, &mut out) };
             for (at, got) in unplace(&out, channels).into_iter().enumerate() {
                 let (c, x, y) = (at % channels, at / channels % out_width, at / channels / out_width);
@@ -782,9 +909,9 @@ mod tests {
                 }
             }
             // What encodes pixels rounds the same way, but for numbers too small to be normal, which it takes for nothing.
-            if tiles() && (value32 == 0.0 || !value32.is_subnormal()) {
+            if Products::detect().is_some() && (value32 == 0.0 || !value32.is_subnormal()) {
                 let mut codes = [7u16; LINE];
-                // SAFETY: there are vectors where there are tiles.
+                // SAFETY: there are such vectors where there are such products.
                 unsafe { encode16(&[value32; UNIT], UNIT, &mut codes) };
                 let same = |c: &u16| *c == code || value(*c).is_nan() && value(code).is_nan();
                 prop_assert!(codes[..UNIT].iter().all(same) && codes[UNIT..].iter().all(|c| *c == 0), "{value32} {codes:?} {code}");
@@ -795,24 +922,24 @@ mod tests {
     #[test]
     fn nan_and_infinity_are_not_hidden_and_stay_with_their_pixel() {
         static SAID: std::sync::Once = std::sync::Once::new();
-        if !tiles_for("nan_and_infinity_are_not_hidden_and_stay_with_their_pixel", &SAID) {
+        let all = products_for("nan_and_infinity_are_not_hidden_and_stay_with_their_pixel", &SAID);
+        if all.is_empty() {
             return;
         }
-        for pixels in [1, 17, 40] {
+        for (products, pixels) in all.into_iter().flat_map(|p| [(p, 1), (p, 17), (p, 40)]) {
             let (inputs, at) = (2 * LINE, pixels / 2);
             let product = |weights: &[f32], values: &[f32]| {
-                let (expand, project) = (Packed16::expand(weights, &[0.0; 20]), Packed16::project(weights, &[0.0; 20]));
+                let (expand, project) = (Packed16::expand(weights, &[0.0; 20], products), Packed16::project(weights, &[0.0; 20], products));
                 let mut codes = vec![0u16; codes16(pixels, inputs)];
                 let mut lines = vec![0u16; pixels * expand.outputs];
                 let mut out = vec![0f32; pixels * project.outputs];
-                // SAFETY: there are tiles.
-                unsafe {
-                    let _tiles = Tiles::new();
+                // SAFETY: the processor has these products.
+                with(products, || unsafe {
                     encode16(values, inputs, &mut codes);
                     expand16(&expand, pixels, &codes, &mut lines);
                     // Values are the same in any order, and so are weights but for what is no number.
                     project16(&project, pixels, &codes, None, &mut out);
-                }
+                });
                 let rows = |p: usize| (value(lines[p * expand.outputs + 3]), out[p * project.outputs + 3], out[p * project.outputs + 2]);
                 (0..pixels).map(rows).collect::<Vec<_>>()
             };

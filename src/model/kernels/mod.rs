@@ -23,7 +23,7 @@ mod rows;
 mod vector;
 mod winograd;
 
-pub use bf16::bf16;
+pub use bf16::{bf16, Products};
 pub use bias_act::bias_act;
 #[cfg(test)]
 pub(in crate::model) use conv3x3::by_winograd;

@@ -10,7 +10,7 @@
 //! strip waits only for earlier ones, which are done or in some thread's hands.
 
 use super::aligned::Aligned;
-use super::bf16::{codes16, tiles, Depthwise16, Packed16};
+use super::bf16::{codes16, Depthwise16, Packed16, Products};
 #[cfg(target_arch = "x86_64")]
 use super::bf16::{depthwise16, encode16, expand16, project16, Tiles};
 use super::int8::{encode, panel8, Codes, Packed8};
@@ -126,6 +126,8 @@ pub enum Input<'a> {
 pub struct Plan {
     isa: Isa,
     computes: In,
+    /// Whether products of bfloat16 are by tiles.
+    tiles: bool,
     /// Whether 8-bit products are summed up by AVX-VNNI where vectors are AVX2's.
     avx_vnni: bool,
     stem: Stem,
@@ -146,18 +148,18 @@ impl Plan {
     /// From the stem's weight (32 x 27) and bias, and the blocks, of which either all are in 8 bits, or none. `pads` gives the border
     /// of a 3x3 at height, width and stride; at most one row and column at the top and left.
     pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), false, stem, blocks, pads)
+        Self::on(Isa::detect(), None, stem, blocks, pads)
     }
 
-    /// As [`Self::new`], with all blocks but the first in bfloat16 where the processor has AMX; elsewhere they stay in f32.
+    /// As [`Self::new`], with all blocks but the first in bfloat16 where the processor multiplies it; elsewhere they stay in f32.
     pub fn bf16(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        Self::on(Isa::detect(), true, stem, blocks, pads)
+        Self::on(Isa::detect(), Self::bf16_products(), stem, blocks, pads)
     }
 
-    fn on(isa: Isa, bf16: bool, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
+    fn on(isa: Isa, bf16: Option<Products>, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
         let computes = if blocks.iter().any(|b| b.rounded.is_some()) {
             In::Int8
-        } else if bf16 && isa == Isa::Avx512 && tiles() {
+        } else if bf16.is_some() && isa == Isa::Avx512 {
             In::Bf16
         } else {
             In::F32
@@ -172,11 +174,14 @@ impl Plan {
             let (expand, depthwise, project) = match (b.rounded, b.expand) {
                 (Some((expand, project)), _) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
                 // The first block stays in f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away.
-                (None, Some(expand)) if computes == In::Bf16 => (
-                    Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1))),
-                    Deepen::Bf16(Depthwise16::new(weights, bias)),
-                    Pointwise::Bf16(Packed16::project(b.project.0, b.project.1)),
-                ),
+                (None, Some(expand)) => match bf16.filter(|_| computes == In::Bf16) {
+                    Some(products) => (
+                        Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1, products))),
+                        Deepen::Bf16(Depthwise16::new(weights, bias)),
+                        Pointwise::Bf16(Packed16::project(b.project.0, b.project.1, products)),
+                    ),
+                    None => (Some(pack(expand)), f32s(&[]), pack(b.project)),
+                },
                 (None, expand) => (expand.map(pack), f32s(&[]), pack(b.project)),
             };
             Block { expand, depthwise, project, outputs: b.project.1.len(), stride: b.stride, residual: b.residual, tap: b.tap }
@@ -184,6 +189,7 @@ impl Plan {
         Self {
             isa,
             computes,
+            tiles: bf16 == Some(Products::Tiles),
             avx_vnni: avx_vnni(),
             stem: Stem::new(stem.0, stem.1),
             blocks: blocks.iter().map(block).collect(),
@@ -192,9 +198,9 @@ impl Plan {
         }
     }
 
-    /// Whether [`Self::bf16`] computes in bfloat16 on this processor.
-    pub fn has_bf16() -> bool {
-        Isa::detect() == Isa::Avx512 && tiles()
+    /// What [`Self::bf16`] computes by on this processor; `None`: it computes in f32.
+    pub fn bf16_products() -> Option<Products> {
+        Products::detect().filter(|_| Isa::detect() == Isa::Avx512)
     }
 
     /// Whether it computes in bfloat16.
@@ -267,9 +273,9 @@ impl Plan {
             // SAFETY: as above; a plan in 8 bits is packed for AVX-512 only where VNNI is.
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512, In::Int8) => unsafe { work_vnni(&shared, own) },
-            // SAFETY: as above; a plan in bfloat16 is made only where tiles are.
+            // SAFETY: as above; a plan in bfloat16 is made only where the products are that it is packed for.
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512, In::Bf16) => unsafe { work_amx(&shared, own) },
+            (Isa::Avx512, In::Bf16) => unsafe { work_bf16(&shared, own) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx2, In::F32) => unsafe { work_avx2::<F32>(&shared, own) },
@@ -678,10 +684,10 @@ unsafe fn work_avx512(shared: &Shared, own: &mut Own) {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma")]
-unsafe fn work_amx(shared: &Shared, own: &mut Own) {
+unsafe fn work_bf16(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function, and tiles by the caller's promise.
     unsafe {
-        let _tiles = Tiles::new();
+        let _tiles = shared.plan.tiles.then(|| Tiles::new());
         work::<std::arch::x86_64::__m512, BF16>(shared, own);
     }
 }
@@ -1061,6 +1067,10 @@ mod tests {
         }
 
         fn plan_in(&self, computes: In, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+            self.plan_by(Products::detect(), computes, isa, pads)
+        }
+
+        fn plan_by(&self, products: Option<Products>, computes: In, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
@@ -1078,7 +1088,7 @@ mod tests {
                     rounded: (computes == In::Int8).then(|| ((at > 0).then_some(&rounded[at].0), &rounded[at].1)),
                 });
             }
-            Plan::on(isa, computes == In::Bf16, slices(&self.stem), &blocks, pads)
+            Plan::on(isa, products.filter(|_| computes == In::Bf16), slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
@@ -1200,7 +1210,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(40))]
-        /// In bfloat16 near the definition, and the same on every number of threads; without AMX it is f32 to the last bit.
+        /// In bfloat16 near the definition, by tiles and by vectors, and the same on every number of threads; without either it is f32 to
+        /// the last bit.
         #[test]
         fn bf16_is_near_the_definition(
             seed in 0u64..1000,
@@ -1212,9 +1223,10 @@ mod tests {
             let net = Net::new(seed, &shape);
             let image = noise(seed + 7, 3 * h * w, 1.0);
             let want = net.taps(&image, h, w, pads);
-            for isa in Isa::available() {
-                let plan = net.plan_in(In::Bf16, isa, pads);
-                prop_assert_eq!(plan.is_bf16(), isa == Isa::Avx512 && tiles());
+            let products: Vec<_> = Products::available().map(Some).chain([None]).collect();
+            for (isa, products) in Isa::available().into_iter().flat_map(|isa| products.iter().map(move |p| (isa, *p))) {
+                let plan = net.plan_by(products, In::Bf16, isa, pads);
+                prop_assert_eq!(plan.is_bf16(), isa == Isa::Avx512 && products.is_some());
                 let got = on_threads(1, || plan.taps(&image, h, w));
                 if !plan.is_bf16() {
                     prop_assert!(got == on_threads(1, || net.plan(isa, pads).taps(&image, h, w)));
