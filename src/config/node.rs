@@ -74,7 +74,7 @@ section! {
         file: String = "", Kind::Text, restart;
         /// Where the model runs: `cpu`, or `cuda:N` in a build with the feature `cuda`.
         device: String = "cpu", Kind::Text, restart;
-        /// What the model computes in. `bf16` (cpu) is faster where the processor has AMX or AVX-512 BF16 (Zen 4), and f32 elsewhere; `int8`
+        /// What the model computes in. `bf16` (cpu) is faster where the processor has AMX or AVX-512 BF16 (since Zen 4), and f32 elsewhere; `int8`
         /// (cpu) is faster where it has VNNI, and may be slower where it has not even AVX2; `f16` is for CUDA. Descriptors of all compare,
         /// so that a map of one serves the others.
         compute: String = "f32", Kind::Choice(&["f32", "f16", "bf16", "int8"]), restart;

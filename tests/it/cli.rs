@@ -146,7 +146,7 @@ fn compare_sets_what_a_reduced_precision_costs_beside_the_time_it_saves() {
     let with = |more: &[&'static str]| [&compare, more].concat();
     let rows: serde_json::Value = serde_json::from_str(&ok(&with(&["f32,bf16,int8", "--json"]))).unwrap();
     let bf16 = structvpr::model::kernels::Plan::bf16_products().is_some();
-    for (name, computes) in [("f32", "f32"), ("bf16", if amx { "bf16" } else { "f32" }), ("int8", "int8")] {
+    for (name, computes) in [("f32", "f32"), ("bf16", if bf16 { "bf16" } else { "f32" }), ("int8", "int8")] {
         let row = &rows[format!("shipped@{name}")];
         // What was asked for is the name, what was done is beside it.
         assert_eq!(row["time"]["compute"], computes);

@@ -14,6 +14,7 @@ pub(super) const LINE: usize = 2 * UNIT;
 /// Pixels of a tile.
 const TALL: usize = 16;
 /// Pixels that vectors work on at once; a tile is whole blocks of them.
+#[cfg(target_arch = "x86_64")]
 const PIXELS: usize = TALL / 2;
 /// What a depthwise convolution has of each channel: taps and bias.
 const PARTS: usize = 10;
