@@ -25,7 +25,7 @@ pub const MAX_PIXELS: u64 = 64_000_000;
 /// Most scans of a progressive JPEG: each costs a pass over the whole image, however few bytes it has.
 const MAX_SCANS: u32 = 50;
 
-/// Bytes of pixels of which a second thread makes a smaller image sooner than it wakes.
+/// From so many bytes of pixels on, a smaller image is worth waking a second thread for.
 const LARGE: usize = 3 << 20;
 
 /// Pixels that tell how bright an image is.
@@ -350,8 +350,8 @@ impl RgbImage {
         Error::image(format!("{}x{} cannot be encoded: {e}", self.width, self.height))
     }
 
-    /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image. Of every second row, every third and so
-    /// on where there are 320x240 pixels twice, three times and so on. [ours]
+    /// Mean and standard deviation of the luma, 0 to 255: tells a dark, white or constant image. Of a large one not all
+    /// rows are asked: every nth, where n times 320x240 pixels fit into it. [ours]
     pub fn luma_stats(&self) -> (f32, f32) {
         let (width, height) = (self.width as usize, self.height as usize);
         let every = (width * height / LUMA_PIXELS).clamp(1, height.max(1));

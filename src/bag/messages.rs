@@ -60,7 +60,7 @@ pub struct Image {
 }
 
 impl Image {
-    /// Header and picture, of which the message's own bytes are made where they can be.
+    /// Header and picture, which stays in the message's own bytes where it can ([`RgbImage::from_message`]).
     ///
     /// Errors: it does not decode, or as [`RgbImage::from_raw`].
     pub fn picture(message: Vec<u8>) -> Result<(Header, RgbImage)> {

@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// from memory once.
 const BLOCK: usize = 512;
 
-/// Rows from which on several threads take part in one search.
-const SHARED: usize = 8 * BLOCK;
+/// Rows that are worth a thread: with fewer, waking one takes as long as it saves.
+const SHARE: usize = 4 * BLOCK;
 
 /// Rows that the first allocation holds.
 const FIRST_ROWS: usize = 256;
@@ -107,8 +107,9 @@ impl Index {
     /// The `k` best rows inside `ranges` (ascending, disjoint), best first; equal similarity: lower
     /// row first. Rows whose similarity is not a number are never returned.
     pub fn search(&self, query: &Descriptor, k: usize, ranges: &[Range<usize>]) -> Vec<Hit> {
-        let threads = rayon::current_num_threads();
-        if threads == 1 || ranges.iter().map(|r| r.end.min(self.len()).saturating_sub(r.start)).sum::<usize>() < SHARED {
+        let rows: usize = ranges.iter().map(|r| r.end.min(self.len()).saturating_sub(r.start)).sum();
+        let threads = rayon::current_num_threads().min(rows / SHARE);
+        if threads < 2 {
             let mut scans = [Scan::new(self, query, k)];
             ranges.iter().for_each(|range| self.scan(&mut scans, range));
             let [scan] = scans;
