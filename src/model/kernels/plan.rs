@@ -127,6 +127,7 @@ pub struct Plan {
     isa: Isa,
     computes: In,
     /// Whether products of bfloat16 are by tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     tiles: bool,
     /// Whether 8-bit products are summed up by AVX-VNNI where vectors are AVX2's.
     avx_vnni: bool,
