@@ -182,13 +182,11 @@ impl RgbImage {
     pub fn from_message<T>(mut message: Vec<u8>, find: impl FnOnce(&[u8]) -> Result<(T, RawImage<'_>)>) -> Result<(T, Self)> {
         let (rest, raw) = find(&message)?;
         let form = Form::of(&raw)?;
-        let Layout::Channels(3, order) = form.layout else { return Ok((rest, Self::from_raw(&raw)?)) };
-        let start = (raw.data.as_ptr() as usize).checked_sub(message.as_ptr() as usize);
-        let whole = 3 * raw.width as usize * raw.height as usize;
-        let (Some(start), true) = (start.filter(|s| s + whole <= message.len()), form.step == form.row) else {
+        let (width, height, whole) = (raw.width, raw.height, form.row * form.rows);
+        let start = (raw.data.as_ptr() as usize).checked_sub(message.as_ptr() as usize).filter(|s| s + whole <= message.len());
+        let (Layout::Channels(3, order), true, Some(start)) = (form.layout, form.step == form.row, start) else {
             return Ok((rest, Self::from_raw(&raw)?));
         };
-        let (width, height) = (raw.width, raw.height);
         if order == [2, 1, 0] {
             area::reverse(&mut message[start..][..whole]);
         }

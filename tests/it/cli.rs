@@ -220,6 +220,7 @@ fn bad_arguments_and_files_are_one_clear_line() {
         (vec!["replay", run, "--out", &out, "--compute", "f16"], "f16 wants --device cuda:0"),
         (vec!["replay", run, "--out", &out, "--device", "cuda:0", "--compute", "int8"], "cuda:0 computes in f32 or f16"),
         (vec!["bench", "--rounds", "1"], "--rounds 1"),
+        (vec!["bench", "--only", "search", "--keep-map", "/nowhere"], "--keep-map"),
         (vec!["bench", "--peers", "--python", "/nowhere"], "scripts/bench_peers"),
     ] {
         let said = fails(&arguments);

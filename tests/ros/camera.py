@@ -28,12 +28,13 @@ def main():
     random = np.random.default_rng(7)
     start = time.monotonic()
     for i in range(rate * seconds):
-        # A wave that moves: no two images are alike.
-        shift = 3 * (i * 7 % width)
-        m.data = pixels[shift : shift + 3 * width * height]
         if "--places" in sys.argv:
             colours = random.integers(0, 256, (height // 20, width // 20, 3), np.uint8)
             m.data = colours.repeat(20, 0).repeat(20, 1).tobytes()
+        else:
+            # A wave that moves: no two images are alike.
+            shift = 3 * (i * 7 % width)
+            m.data = pixels[shift : shift + 3 * width * height]
         m.header.stamp.sec, m.header.stamp.nanosec = i // rate, i % rate * 1_000_000_000 // rate
         if "--wall" in sys.argv:
             now = time.time_ns()

@@ -85,6 +85,8 @@ const DIM: usize = 448;
 pub fn run(args: Args) -> Result<ExitCode> {
     ensure!((1..=1024).contains(&args.threads), "--threads {} is outside 1 to 1024", args.threads);
     ensure!((3..=100_000).contains(&args.rounds), "--rounds {} is outside 3 to 100000", args.rounds);
+    let asked = |what: &str| args.only.iter().any(|o| o == what);
+    ensure!(args.keep_map.is_none() || asked("pipeline"), "--keep-map keeps the map of pipeline, which --only leaves out");
     if args.peers {
         ensure!(args.python.is_file(), "{}: no such Python; run scripts/bench_peers first, or give --python", args.python.display());
     }
@@ -101,11 +103,6 @@ pub fn run(args: Args) -> Result<ExitCode> {
         }
         rows.extend(new);
     };
-    ensure!(
-        args.keep_map.is_none() || args.only.iter().any(|o| o == "pipeline"),
-        "--keep-map keeps the map of pipeline, which --only leaves out"
-    );
-    let asked = |what: &str| args.only.iter().any(|o| o == what);
     if asked("descriptor") {
         if args.device == ComputeDevice::Cpu {
             descriptors(&args, &mut say)?;

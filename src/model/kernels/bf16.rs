@@ -822,41 +822,41 @@ mod tests {
         ) {
             static SAID: std::sync::Once = std::sync::Once::new();
             for products in products_for("products_are_by_the_definition", &SAID) {
-            let (weights, bias) = (noise(seed, inputs * outputs), noise(seed ^ 1, outputs));
-            let wide = padded(inputs);
-            let of = |p: usize, i: usize| 10f32.powf(large) * crate::test_noise(seed ^ 2, (p * inputs + i) as u64);
-            let values: Vec<f32> = (0..pixels * wide).map(|i| if i % wide < inputs { of(i / wide, i % wide) } else { 0.0 }).collect();
-            let (expand, project) = (Packed16::expand(&weights, &bias, products), Packed16::project(&weights, &bias, products));
-            let added = if residual { noise(seed ^ 3, pixels * project.outputs) } else { Vec::new() };
-            let mut codes = vec![0u16; codes16(pixels, inputs)];
-            let mut lines = vec![0u16; pixels * expand.outputs];
-            let mut out = vec![f32::NAN; pixels * project.outputs];
-            // SAFETY: the processor has these products.
-            with(products, || unsafe {
-                encode16(&values, wide, &mut codes);
-                expand16(&expand, pixels, &codes, &mut lines);
-                let mut placed = vec![0u16; codes.len()];
-                for (from, to) in codes.chunks_exact(lined(inputs)).zip(placed.chunks_exact_mut(lined(inputs))) {
-                    from.iter().enumerate().for_each(|(c, code)| to[place(c)] = *code);
-                }
-                project16(&project, pixels, &placed, residual.then_some(&added[..]), &mut out);
-            });
-            for p in 0..pixels {
-                for o in 0..expand.outputs {
-                    let (mut sum, mut size) = (f64::from(bias.get(o).copied().unwrap_or(0.0)), 1.0);
-                    for i in 0..inputs {
-                        let product = f64::from(bf16(of(p, i))) * weights.get(o * inputs + i).map_or(0.0, |w| f64::from(bf16(*w)));
-                        (sum, size) = (sum + product, size + product.abs());
+                let (weights, bias) = (noise(seed, inputs * outputs), noise(seed ^ 1, outputs));
+                let wide = padded(inputs);
+                let of = |p: usize, i: usize| 10f32.powf(large) * crate::test_noise(seed ^ 2, (p * inputs + i) as u64);
+                let values: Vec<f32> = (0..pixels * wide).map(|i| if i % wide < inputs { of(i / wide, i % wide) } else { 0.0 }).collect();
+                let (expand, project) = (Packed16::expand(&weights, &bias, products), Packed16::project(&weights, &bias, products));
+                let added = if residual { noise(seed ^ 3, pixels * project.outputs) } else { Vec::new() };
+                let mut codes = vec![0u16; codes16(pixels, inputs)];
+                let mut lines = vec![0u16; pixels * expand.outputs];
+                let mut out = vec![f32::NAN; pixels * project.outputs];
+                // SAFETY: the processor has these products.
+                with(products, || unsafe {
+                    encode16(&values, wide, &mut codes);
+                    expand16(&expand, pixels, &codes, &mut lines);
+                    let mut placed = vec![0u16; codes.len()];
+                    for (from, to) in codes.chunks_exact(lined(inputs)).zip(placed.chunks_exact_mut(lined(inputs))) {
+                        from.iter().enumerate().for_each(|(c, code)| to[place(c)] = *code);
                     }
-                    let line = value(lines[p * expand.outputs + o]);
-                    prop_assert!(near(line, sum.clamp(0.0, 6.0), 2e-6 * size), "{p} {o}: {line} {sum}");
-                    if o < project.outputs {
-                        let sum = sum + if residual { f64::from(added[p * project.outputs + o]) } else { 0.0 };
-                        let got = f64::from(out[p * project.outputs + o]);
-                        prop_assert!((got - sum).abs() <= 2e-6 * size, "{p} {o}: {got} {sum}");
+                    project16(&project, pixels, &placed, residual.then_some(&added[..]), &mut out);
+                });
+                for p in 0..pixels {
+                    for o in 0..expand.outputs {
+                        let (mut sum, mut size) = (f64::from(bias.get(o).copied().unwrap_or(0.0)), 1.0);
+                        for i in 0..inputs {
+                            let product = f64::from(bf16(of(p, i))) * weights.get(o * inputs + i).map_or(0.0, |w| f64::from(bf16(*w)));
+                            (sum, size) = (sum + product, size + product.abs());
+                        }
+                        let line = value(lines[p * expand.outputs + o]);
+                        prop_assert!(near(line, sum.clamp(0.0, 6.0), 2e-6 * size), "{p} {o}: {line} {sum}");
+                        if o < project.outputs {
+                            let sum = sum + if residual { f64::from(added[p * project.outputs + o]) } else { 0.0 };
+                            let got = f64::from(out[p * project.outputs + o]);
+                            prop_assert!((got - sum).abs() <= 2e-6 * size, "{p} {o}: {got} {sum}");
+                        }
                     }
                 }
-            }
             }
         }
 

@@ -165,6 +165,7 @@ impl Plan {
         } else {
             In::F32
         };
+        let bf16 = bf16.filter(|_| computes == In::Bf16);
         // Sums of 8-bit products on AVX-512 take VNNI; AVX2 has another way.
         let isa = if computes == In::Int8 && !vnni() { isa.min(Isa::Avx2) } else { isa };
         let pack = |(weight, bias): (&[f32], &[f32])| Pointwise::F32(Packed::new(weight, bias, weight.len() / bias.len().max(1), isa));
@@ -172,18 +173,15 @@ impl Plan {
         let block = |b: &PlanBlock| {
             let (weights, bias) = b.depthwise;
             let f32s = |scales| Deepen::F32(Depthwise::new(weights, bias, scales));
-            let (expand, depthwise, project) = match (b.rounded, b.expand) {
-                (Some((expand, project)), _) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
+            let (expand, depthwise, project) = match (b.rounded, b.expand, bf16) {
+                (Some((expand, project)), ..) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
                 // The first block stays in f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away.
-                (None, Some(expand)) => match bf16.filter(|_| computes == In::Bf16) {
-                    Some(products) => (
-                        Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1, products))),
-                        Deepen::Bf16(Depthwise16::new(weights, bias)),
-                        Pointwise::Bf16(Packed16::project(b.project.0, b.project.1, products)),
-                    ),
-                    None => (Some(pack(expand)), f32s(&[]), pack(b.project)),
-                },
-                (None, expand) => (expand.map(pack), f32s(&[]), pack(b.project)),
+                (None, Some(expand), Some(products)) => (
+                    Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1, products))),
+                    Deepen::Bf16(Depthwise16::new(weights, bias)),
+                    Pointwise::Bf16(Packed16::project(b.project.0, b.project.1, products)),
+                ),
+                (None, expand, _) => (expand.map(pack), f32s(&[]), pack(b.project)),
             };
             Block { expand, depthwise, project, outputs: b.project.1.len(), stride: b.stride, residual: b.residual, tap: b.tap }
         };
