@@ -7,7 +7,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with fused multiply-add.
     Avx2,
-    /// AVX-512 F.
+    /// AVX-512 F, with its vectors of other lengths (VL), which only Xeon Phi lacks.
     Avx512,
 }
 
@@ -16,7 +16,7 @@ impl Isa {
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
-            if std::arch::is_x86_feature_detected!("avx512f") {
+            if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("avx512vl") {
                 return Self::Avx512;
             }
             if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
@@ -39,7 +39,7 @@ macro_rules! dispatch {
         {
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($arg: $ty),*) { $body::<true>($($arg),*) }
-            #[target_feature(enable = "avx512f,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
             fn avx512($($arg: $ty),*) { $body::<true>($($arg),*) }
             match $isa {
                 // SAFETY: `Isa::detect` found these features on this processor, and callers pass

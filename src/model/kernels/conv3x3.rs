@@ -267,7 +267,7 @@ impl Before {
             let patches = Pixels { data: seen, stride: 1, lines: Some([3, 3, row]) };
             for p in 0..packed.panels() {
                 // SAFETY: the caller's promise.
-                unsafe { panel::<V>(packed, p, pitch, patches, None, Activation::Relu, out) }
+                unsafe { panel::<V, false>(packed, p, pitch, patches, None, Activation::Relu, out) }
             }
         }
         let window_at = Window { y: rows.start, x: columns.start, pitch };

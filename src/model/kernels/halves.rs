@@ -133,7 +133,7 @@ struct Run<'a> {
 /// # Safety
 ///
 /// The processor has AVX-512, for which `packed` was packed.
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn part_avx512<'a>(before: &'a mut Before, packed: &Packed, plane: Image<'a>, row: usize, columns: Range<usize>) -> Image<'a> {
     // SAFETY: the caller's promise.
     unsafe { before.part::<__m512>(packed, plane, row..row + 1, columns) }

@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
+    #[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]
     unsafe fn layer512(packed: &Packed8, values: &[f32], signed: bool, residual: &[f32], relu: bool) -> Vec<f32> {
         // SAFETY: the features of this function.
         unsafe { layer::<std::arch::x86_64::__m512>(packed, values, signed, residual, relu) }

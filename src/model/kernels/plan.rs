@@ -5,9 +5,10 @@
 //! which make a row of the depthwise convolution, which is projected at once. On small maps, where the rows that two
 //! threads would both expand weigh, the block is expanded as a whole first.
 //!
-//! Work is a list of strips in the order of the network. A thread takes the next strip, waits until the rows it reads are
-//! done, and computes it; so one wake-up serves a whole image, and no number of threads can wait for each other, for a
-//! strip waits only for earlier ones, which are done or in some thread's hands.
+//! Work is a list of strips in the order of the network. A thread takes the next strip and computes it some rows at a time, each
+//! when the pixels that they read are done; so one wake-up serves a whole image, and no number of threads can wait for each other,
+//! for a strip waits only for earlier ones, which are done or in some thread's hands. Every other strip is computed from its end:
+//! what neighbours read of each other is then what both compute last, or first, and a thread may be ahead by a strip before it waits.
 
 use super::aligned::Aligned;
 use super::bf16::{codes16, Depthwise16, Packed16, Products};
@@ -144,6 +145,8 @@ const SPACES: usize = 16;
 const WHOLE: usize = 3 << 19;
 /// Pixels that are projected at once, about.
 const GROUP: usize = 80;
+/// Products take so many pixels at a time, or divisors of it: strips begin where one does.
+const EIGHT: usize = 8;
 
 impl Plan {
     /// From the stem's weight (32 x 27) and bias, and the blocks, of which either all are in 8 bits, or none. `pads` gives the border
@@ -261,7 +264,7 @@ impl Plan {
             zeros,
             buffers: buffers.iter_mut().map(|b| Raw { len: b.len(), at: b.values_mut().as_mut_ptr() }).collect(),
             next: AtomicUsize::new(0),
-            finished: layout.tasks.iter().map(|_| AtomicBool::new(false)).collect(),
+            done: layout.tasks.iter().map(|_| AtomicUsize::new(0)).collect(),
             left: layout.stages.iter().map(|s| AtomicUsize::new(s.strips.len())).collect(),
             failed: AtomicBool::new(false),
         };
@@ -302,7 +305,7 @@ enum Work {
     Reduce,
 }
 
-/// A pass over one block; its rows are cut into strips.
+/// A pass over one block; what it writes is cut into strips.
 #[derive(Debug)]
 struct Stage {
     work: Work,
@@ -317,22 +320,54 @@ struct Stage {
     input: Option<usize>,
     hidden: usize,
     output: usize,
+    /// Pixels of the output, row after row; of [`Work::Fused`] whole rows.
     strips: Vec<Range<usize>>,
     /// Rows of output between two projections.
     step: usize,
 }
 
+/// Whether a strip is computed from its end. Not of the first stage, to which an image's rows come in their order.
+fn is_from_end(stage: usize, strip: usize) -> bool {
+    stage > 0 && strip % 2 == 1
+}
+
 impl Stage {
-    /// Rows of the stage before that rows `out` read.
+    /// Takes off `left`, what there is to do of a strip, what is done next: whole rows, but where the strip begins or ends within one.
+    fn next(&self, left: &mut Range<usize>, from_end: bool) -> Option<Range<usize>> {
+        if left.start >= left.end {
+            return None;
+        }
+        let row = self.out_width;
+        Some(match self.work {
+            // Weights are read once for all pixels.
+            Work::Expand => std::mem::replace(left, left.end..left.end),
+            _ if from_end => {
+                let from = (left.end.div_ceil(row).saturating_sub(self.step) * row).max(left.start);
+                from..std::mem::replace(&mut left.end, from)
+            }
+            _ => {
+                let to = ((left.start / row + self.step) * row).min(left.end);
+                std::mem::replace(&mut left.start, to)..to
+            }
+        })
+    }
+
+    /// Pixels of the stage before that pixels `out` read.
     fn reads(&self, stride: usize, out: &Range<usize>) -> Range<usize> {
         match self.work {
             Work::Expand => out.clone(),
             _ => {
-                let from = (out.start * stride).saturating_sub(self.pad.top);
-                let to = ((out.end - 1) * stride + 3).saturating_sub(self.pad.top).min(self.height);
-                from.min(to)..to
+                let rows = self.reads_rows(stride, &(out.start / self.out_width..out.end.div_ceil(self.out_width)));
+                rows.start * self.width..rows.end * self.width
             }
         }
+    }
+
+    /// Rows of the block's hidden map that rows `out` of its output see.
+    fn reads_rows(&self, stride: usize, out: &Range<usize>) -> Range<usize> {
+        let from = (out.start * stride).saturating_sub(self.pad.top);
+        let to = ((out.end - 1) * stride + 3).saturating_sub(self.pad.top).min(self.height);
+        from.min(to)..to
     }
 }
 
@@ -371,11 +406,6 @@ fn codes(op: Option<&Pointwise>, pixels: usize) -> usize {
     }
 }
 
-/// Rows of the longest strip.
-fn strip_rows(rows: usize, threads: usize) -> usize {
-    strips(rows, threads).iter().map(Range::len).max().unwrap_or(0)
-}
-
 /// Scratch as bytes.
 fn as_bytes(values: &mut [f32]) -> &mut [u8] {
     // SAFETY: the same memory; bytes need no alignment, and whatever they hold is a value again.
@@ -410,7 +440,7 @@ unsafe fn widen<V: Vector, const IN: u8>(op: &Pointwise, x: &[f32], scratch: &mu
             (Pointwise::F32(packed), F32) => {
                 let x = Pixels::new(x, op.inputs());
                 for p in 0..packed.panels() {
-                    panel::<V>(packed, p, pixels, x, None, Activation::Relu6, out);
+                    panel::<V, false>(packed, p, pixels, x, None, Activation::Relu6, out);
                 }
             }
             (Pointwise::Int8(packed), INT8) => {
@@ -433,7 +463,8 @@ unsafe fn widen<V: Vector, const IN: u8>(op: &Pointwise, x: &[f32], scratch: &mu
     }
 }
 
-fn strips(rows: usize, threads: usize) -> Vec<Range<usize>> {
+/// Pixels of whole rows.
+fn strips_of_rows(rows: usize, width: usize, threads: usize) -> Vec<Range<usize>> {
     // More strips than threads even out what else the machine does; each costs two rows.
     let n = if threads == 1 {
         1
@@ -443,7 +474,14 @@ fn strips(rows: usize, threads: usize) -> Vec<Range<usize>> {
         threads
     };
     let n = n.min(rows).max(1);
-    (0..n).map(|i| rows * i / n..rows * (i + 1) / n).collect()
+    (0..n).map(|i| rows * i / n * width..rows * (i + 1) / n * width).collect()
+}
+
+/// As many pixels for each thread: rows are few where this is asked for, and one more of them is much.
+fn strips_of_pixels(pixels: usize, threads: usize) -> Vec<Range<usize>> {
+    let n = threads.min(pixels.div_ceil(EIGHT)).max(1);
+    let at = |i: usize| (pixels * i / n).next_multiple_of(EIGHT).min(pixels);
+    (0..n).map(|i| at(i)..at(i + 1)).filter(|s| !s.is_empty()).collect()
 }
 
 impl Layout {
@@ -481,7 +519,7 @@ impl Layout {
             };
             let step = (GROUP / ow.max(1)).clamp(TOGETHER, 8).min(oh.max(1));
             let whole = block.expand.is_some() && 4 * h * w * hidden <= WHOLE;
-            let stage = |work, out_height, out_width| Stage {
+            let stage = |work, out_width, strips| Stage {
                 work,
                 block: at,
                 height: h,
@@ -491,7 +529,7 @@ impl Layout {
                 input,
                 hidden: 3 + at % 2,
                 output,
-                strips: strips(out_height, threads),
+                strips,
                 step,
             };
             let narrowed = match &block.depthwise {
@@ -500,12 +538,14 @@ impl Layout {
             };
             if whole {
                 out.buffers[3 + at % 2] = out.buffers[3 + at % 2].max(h * w * hidden);
-                out.stages.push(stage(Work::Expand, h, w));
-                out.stages.push(stage(Work::Reduce, oh, ow));
-                out.scratch = out.scratch.max(narrowed).max(codes(block.expand.as_ref(), strip_rows(h, threads) * w));
+                let strips = strips_of_pixels(h * w, threads);
+                let longest = strips.iter().map(Range::len).max().unwrap_or(0);
+                out.stages.push(stage(Work::Expand, w, strips));
+                out.stages.push(stage(Work::Reduce, ow, strips_of_pixels(oh * ow, threads)));
+                out.scratch = out.scratch.max(narrowed).max(codes(block.expand.as_ref(), longest));
             } else {
                 let slots = (step - 1) * block.stride + 3;
-                out.stages.push(stage(Work::Fused, oh, ow));
+                out.stages.push(stage(Work::Fused, ow, strips_of_rows(oh, ow, threads)));
                 out.scratch = out.scratch.max(slots * w * hidden + narrowed.max(codes(block.expand.as_ref(), w)));
             }
             out.zeros = out.zeros.max(w * hidden);
@@ -571,72 +611,81 @@ struct Shared<'a> {
     zeros: &'a [f32],
     buffers: Vec<Raw>,
     next: AtomicUsize,
-    /// Of every task.
-    finished: Vec<AtomicBool>,
+    /// Of every task how many pixels are, from where it begins.
+    done: Vec<AtomicUsize>,
     /// Of every stage the strips that are not.
     left: Vec<AtomicUsize>,
     failed: AtomicBool,
 }
 
-// SAFETY: the buffers behind the pointers outlive the run, and `rows` and `rows_mut` hand out rows only by the rules that
+// SAFETY: the buffers behind the pointers outlive the run, and `pixels` and `pixels_mut` hand out pixels only by the rules that
 // they state.
 unsafe impl Sync for Shared<'_> {}
 
 impl Shared<'_> {
-    /// Values of some rows of a buffer.
+    /// Values of some pixels of a buffer, `each` of one.
     ///
     /// # Safety
     ///
-    /// No thread writes these rows before the caller's strip is finished.
+    /// No thread writes these pixels before the caller's strip is finished.
     #[inline(always)]
-    unsafe fn rows(&self, buffer: usize, row: usize, rows: &Range<usize>) -> &[f32] {
+    unsafe fn pixels(&self, buffer: usize, each: usize, pixels: &Range<usize>) -> &[f32] {
         let Raw { at, len } = self.buffers[buffer];
-        assert!(rows.start <= rows.end && rows.end * row <= len, "plan: rows");
+        assert!(pixels.start <= pixels.end && pixels.end * each <= len, "plan: pixels");
         // SAFETY: within the buffer by the assertion, not written by the caller's promise.
-        unsafe { std::slice::from_raw_parts(at.add(rows.start * row), rows.len() * row) }
+        unsafe { std::slice::from_raw_parts(at.add(pixels.start * each), pixels.len() * each) }
     }
 
     /// # Safety
     ///
-    /// No other thread reads or writes these rows before the caller's strip is finished, nor does the caller elsewhere.
+    /// No other thread reads or writes these pixels before the caller's strip is finished, nor does the caller elsewhere.
     #[inline(always)]
-    #[allow(clippy::mut_from_ref)] // the rows of one buffer are shared out among strips
-    unsafe fn rows_mut(&self, buffer: usize, row: usize, rows: &Range<usize>) -> &mut [f32] {
+    #[allow(clippy::mut_from_ref)] // the pixels of one buffer are shared out among strips
+    unsafe fn pixels_mut(&self, buffer: usize, each: usize, pixels: &Range<usize>) -> &mut [f32] {
         let Raw { at, len } = self.buffers[buffer];
-        assert!(rows.start <= rows.end && rows.end * row <= len, "plan: rows");
+        assert!(pixels.start <= pixels.end && pixels.end * each <= len, "plan: pixels");
         // SAFETY: within the buffer by the assertion, the caller's alone by its promise.
-        unsafe { std::slice::from_raw_parts_mut(at.add(rows.start * row), rows.len() * row) }
+        unsafe { std::slice::from_raw_parts_mut(at.add(pixels.start * each), pixels.len() * each) }
     }
 
-    /// Waits until what a strip reads is there and what it writes is not read any more. False: another thread failed.
-    fn wait(&self, stage: usize, strip: usize) -> bool {
-        let now = &self.layout.stages[stage];
+    /// Waits until what pixels `out` of a stage read is there. False: another thread failed.
+    fn ready(&self, stage: usize, out: &Range<usize>) -> bool {
         let Some(before) = stage.checked_sub(1) else { return true };
-        let reads = now.reads(self.plan.blocks[now.block].stride, &now.strips[strip]);
-        let wanted = |(i, s): (usize, &Range<usize>)| (s.start < reads.end && reads.start < s.end).then_some(self.layout.first[before] + i);
-        let wanted = self.layout.stages[before].strips.iter().enumerate().filter_map(wanted);
-        let mut spins = 0u32;
-        let mut until = |done: &dyn Fn() -> bool| {
-            while !done() {
-                if self.failed.load(Ordering::Relaxed) {
+        let now = &self.layout.stages[stage];
+        let reads = now.reads(self.plan.blocks[now.block].stride, out);
+        for (i, strip) in self.layout.stages[before].strips.iter().enumerate() {
+            let (from, to) = (reads.start.max(strip.start), reads.end.min(strip.end));
+            if from < to {
+                let enough = if is_from_end(before, i) { strip.end - from } else { to - strip.start };
+                let done = &self.done[self.layout.first[before] + i];
+                if !self.until(&|| done.load(Ordering::Acquire) >= enough) {
                     return false;
                 }
-                spins += 1;
-                if spins.is_multiple_of(1024) {
-                    std::thread::yield_now();
-                } else {
-                    std::hint::spin_loop();
-                }
-            }
-            true
-        };
-        for task in wanted {
-            if !until(&|| self.finished[task].load(Ordering::Acquire)) {
-                return false;
             }
         }
-        // With three buffers, what this stage writes was read by the stage before the last at the latest.
-        stage < 2 || until(&|| self.left[stage - 2].load(Ordering::Acquire) == 0)
+        true
+    }
+
+    /// Waits until what a stage writes is not read any more: with three buffers, it was by the stage before the last at the latest.
+    /// False: another thread failed.
+    fn free(&self, stage: usize) -> bool {
+        stage < 2 || self.until(&|| self.left[stage - 2].load(Ordering::Acquire) == 0)
+    }
+
+    fn until(&self, done: &dyn Fn() -> bool) -> bool {
+        let mut spins = 0u32;
+        while !done() {
+            if self.failed.load(Ordering::Relaxed) {
+                return false;
+            }
+            spins += 1;
+            if spins.is_multiple_of(1024) {
+                std::thread::yield_now();
+            } else {
+                std::hint::spin_loop();
+            }
+        }
+        true
     }
 }
 
@@ -668,21 +717,21 @@ fn avx_vnni() -> bool {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vnni,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]
 unsafe fn work_vnni(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
     unsafe { work::<std::arch::x86_64::__m512, INT8>(shared, own) }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn work_avx512(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function.
     unsafe { work::<std::arch::x86_64::__m512, F32>(shared, own) }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16,avx2,fma")]
 unsafe fn work_bf16(shared: &Shared, own: &mut Own) {
     // SAFETY: the features of this function, and tiles by the caller's promise.
     unsafe {
@@ -724,107 +773,133 @@ unsafe fn work<V: Vector, const IN: u8>(shared: &Shared, own: &mut Own) {
     loop {
         let task = shared.next.fetch_add(1, Ordering::Relaxed);
         let Some((stage, strip)) = shared.layout.tasks.get(task).copied() else { return };
-        if !shared.wait(stage, strip) {
+        let now = &shared.layout.stages[stage];
+        let from_end = is_from_end(stage, strip);
+        let mut left = now.strips[strip].clone();
+        let mut ring = Ring::new(from_end);
+        if !shared.free(stage) {
             return;
         }
-        let now = &shared.layout.stages[stage];
-        let rows = &now.strips[strip];
-        // SAFETY: the instruction set by the caller's promise; `wait` has seen that the rows read are finished and that
-        // nobody reads what is written, and each strip writes its own rows.
-        unsafe {
-            match now.work {
-                Work::Fused => fused::<V, IN>(shared, now, rows, scratch, lines),
-                Work::Expand => expand::<V, IN>(shared, now, rows, scratch),
-                Work::Reduce => reduce::<V, IN>(shared, now, rows, scratch),
+        while let Some(pixels) = now.next(&mut left, from_end) {
+            if !shared.ready(stage, &pixels) {
+                return;
             }
+            // SAFETY: the instruction set by the caller's promise; `ready` has seen that the pixels read are done, `free` that nobody
+            // reads what is written, and each strip writes its own pixels.
+            unsafe {
+                match now.work {
+                    Work::Fused => fused::<V, IN>(shared, now, &pixels, &mut ring, scratch, lines),
+                    Work::Expand => expand::<V, IN>(shared, now, &pixels, scratch),
+                    Work::Reduce => reduce::<V, IN>(shared, now, &pixels, scratch),
+                }
+            }
+            shared.done[task].fetch_add(pixels.len(), Ordering::Release);
         }
-        shared.finished[task].store(true, Ordering::Release);
         shared.left[stage].fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 /// # Safety
 ///
-/// As [`work`], and the strip's rows are ready.
+/// As [`work`], and what the pixels read is ready.
 #[inline(always)]
-unsafe fn expand<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn expand<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, pixels: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
     let (Some(op), Some(input)) = (&block.expand, stage.input) else { return };
     // SAFETY: the caller's promise.
     unsafe {
-        let x = shared.rows(input, stage.width * op.inputs(), rows);
-        let out = shared.rows_mut(stage.hidden, stage.width * block.depthwise.hidden(), rows);
+        let x = shared.pixels(input, op.inputs(), pixels);
+        let out = shared.pixels_mut(stage.hidden, block.depthwise.hidden(), pixels);
         widen::<V, IN>(op, x, scratch, out);
     }
 }
 
 /// # Safety
 ///
-/// As [`work`], and the strip's rows are ready.
+/// As [`work`], and what the pixels read is ready.
 #[inline(always)]
-unsafe fn reduce<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32]) {
+unsafe fn reduce<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, pixels: &Range<usize>, scratch: &mut [f32]) {
     let block = &shared.plan.blocks[stage.block];
     let row = stage.width * block.depthwise.hidden();
-    let read = stage.reads(block.stride, rows);
+    let read = stage.reads(block.stride, pixels);
     // SAFETY: the caller's promise.
     unsafe {
-        let hidden = shared.rows(stage.hidden, row, &read);
-        let of = |y: usize| &hidden[(y - read.start) * row..][..row];
-        let mut from = rows.start;
-        while from < rows.end {
-            let to = (from + stage.step).min(rows.end);
-            narrow::<V, IN>(shared, stage, block, from..to, &of, scratch);
-            from = to;
+        let hidden = shared.pixels(stage.hidden, block.depthwise.hidden(), &read);
+        let of = |y: usize| &hidden[y * row - read.start / stage.width * row..][..row];
+        narrow::<V, IN>(shared, stage, block, pixels.clone(), &of, scratch);
+    }
+}
+
+/// What is in a strip's ring.
+struct Ring {
+    /// Hidden rows.
+    rows: Range<usize>,
+    from_end: bool,
+    /// Row of the image that the stem has not seen.
+    line: usize,
+}
+
+impl Ring {
+    fn new(from_end: bool) -> Self {
+        let at = if from_end { usize::MAX } else { 0 };
+        Self { rows: at..at, from_end, line: 0 }
+    }
+
+    /// Those of the rows that are needed now that are not in it; they are from now on.
+    fn fresh(&mut self, need: Range<usize>) -> Range<usize> {
+        let had = std::mem::replace(&mut self.rows, need.clone());
+        if self.from_end {
+            need.start..need.end.min(had.start)
+        } else {
+            need.start.max(had.end)..need.end
         }
     }
 }
 
 /// # Safety
 ///
-/// As [`work`], and the strip's rows are ready.
+/// As [`work`], and what the pixels read is ready.
 #[inline(always)]
-unsafe fn fused<V: Vector, const IN: u8>(shared: &Shared, stage: &Stage, rows: &Range<usize>, scratch: &mut [f32], lines: &mut Lines) {
+unsafe fn fused<V: Vector, const IN: u8>(
+    shared: &Shared,
+    stage: &Stage,
+    pixels: &Range<usize>,
+    ring: &mut Ring,
+    scratch: &mut [f32],
+    lines: &mut Lines,
+) {
     let block = &shared.plan.blocks[stage.block];
     let row = stage.width * block.depthwise.hidden();
     let slots = (stage.step - 1) * block.stride + 3;
-    let (ring, scratch) = scratch.split_at_mut(slots * row);
-    let read = stage.reads(block.stride, rows);
-    let mut next = read.start;
-    // Of the image.
-    let mut line = 0;
-    let mut from = rows.start;
-    while from < rows.end {
-        let to = (from + stage.step).min(rows.end);
-        let need = stage.reads(block.stride, &(from..to)).end;
-        // SAFETY: the caller's promise.
-        unsafe {
-            match (&block.expand, stage.input) {
-                (Some(op @ Pointwise::F32(packed)), Some(input)) if IN == F32 => {
-                    // One panel's weights for all rows.
-                    for p in 0..packed.panels() {
-                        for y in next..need {
-                            let x = Pixels::new(shared.rows(input, stage.width * op.inputs(), &(y..y + 1)), op.inputs());
-                            panel::<V>(packed, p, stage.width, x, None, Activation::Relu6, &mut ring[y % slots * row..][..row]);
-                        }
-                    }
-                }
-                (Some(op), Some(input)) => {
-                    for y in next..need {
-                        let x = shared.rows(input, stage.width * op.inputs(), &(y..y + 1));
-                        widen::<V, IN>(op, x, scratch, &mut ring[y % slots * row..][..row]);
-                    }
-                }
-                _ => {
-                    for y in next..need {
-                        stem::<V>(shared, stage, y, (lines, &mut line), &mut ring[y % slots * row..][..row]);
+    let (rows, scratch) = scratch.split_at_mut(slots * row);
+    let fresh = ring.fresh(stage.reads_rows(block.stride, &(pixels.start / stage.out_width..pixels.end / stage.out_width)));
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (&block.expand, stage.input) {
+            (Some(op @ Pointwise::F32(packed)), Some(input)) if IN == F32 => {
+                // One panel's weights for all rows.
+                for p in 0..packed.panels() {
+                    for y in fresh.clone() {
+                        let x = shared.pixels(input, op.inputs(), &(y * stage.width..(y + 1) * stage.width));
+                        let x = Pixels::new(x, op.inputs());
+                        panel::<V, false>(packed, p, stage.width, x, None, Activation::Relu6, &mut rows[y % slots * row..][..row]);
                     }
                 }
             }
-            next = next.max(need);
-            let of = |y: usize| &ring[y % slots * row..][..row];
-            narrow::<V, IN>(shared, stage, block, from..to, &of, scratch);
+            (Some(op), Some(input)) => {
+                for y in fresh {
+                    let x = shared.pixels(input, op.inputs(), &(y * stage.width..(y + 1) * stage.width));
+                    widen::<V, IN>(op, x, scratch, &mut rows[y % slots * row..][..row]);
+                }
+            }
+            _ => {
+                for y in fresh {
+                    stem::<V>(shared, stage, y, (lines, &mut ring.line), &mut rows[y % slots * row..][..row]);
+                }
+            }
         }
-        from = to;
+        let of = |y: usize| &rows[y % slots * row..][..row];
+        narrow::<V, IN>(shared, stage, block, pixels.clone(), &of, scratch);
     }
 }
 
@@ -859,42 +934,41 @@ unsafe fn stem<V: Vector>(shared: &Shared, stage: &Stage, y: usize, (lines, next
     unsafe { stem_row::<V>(&shared.plan.stem, pad.left, width, std::array::from_fn(row), stage.width, out) }
 }
 
-/// Depthwise convolution and projection of output rows, from hidden rows that `of` returns.
+/// Depthwise convolution and projection of output pixels, at most [`Stage::step`] rows of them, from hidden rows that `of` returns.
 ///
 /// # Safety
 ///
-/// As [`work`], and the rows are of the caller's strip.
+/// As [`work`], and the pixels are of the caller's strip.
 #[inline(always)]
 unsafe fn narrow<'a, V: Vector, const IN: u8>(
     shared: &'a Shared,
     stage: &Stage,
     block: &Block,
-    rows: Range<usize>,
+    at: Range<usize>,
     of: &dyn Fn(usize) -> &'a [f32],
     scratch: &mut [f32],
 ) {
-    let (channels, width) = (block.project.outputs(), stage.out_width);
-    let (pixels, hidden) = (rows.len() * width, block.depthwise.hidden());
-    // SAFETY: the caller's promise; the input's rows are read, the output's written by this strip alone.
+    let (pixels, channels, hidden) = (at.len(), block.project.outputs(), block.depthwise.hidden());
+    // SAFETY: the caller's promise; the input's pixels are read, the output's written by this strip alone.
     unsafe {
         let residual = match stage.input {
-            Some(input) if block.residual => Some(shared.rows(input, width * channels, &rows)),
+            Some(input) if block.residual => Some(shared.pixels(input, channels, &at)),
             _ => None,
         };
-        let out = shared.rows_mut(stage.output, width * channels, &rows);
+        let out = shared.pixels_mut(stage.output, channels, &at);
         #[cfg(target_arch = "x86_64")]
         if let (Pointwise::Bf16(packed), BF16) = (&block.project, IN) {
-            deepen::<V, IN>(shared, stage, block, rows, of, &mut scratch[..pixels * hidden]);
+            deepen::<V, IN>(shared, stage, block, at, of, &mut scratch[..pixels * hidden]);
             project16(packed, pixels, as_halves(scratch), residual, out);
             return;
         }
         let (x, rest) = scratch.split_at_mut(pixels * hidden);
-        deepen::<V, IN>(shared, stage, block, rows, of, x);
+        deepen::<V, IN>(shared, stage, block, at, of, x);
         match (&block.project, IN) {
             (Pointwise::F32(packed), F32 | BF16) => {
                 let residual = residual.map(|data| Pixels::new(data, channels));
                 for p in 0..packed.panels() {
-                    panel::<V>(packed, p, pixels, Pixels::new(x, hidden), residual, Activation::None, out);
+                    panel::<V, true>(packed, p, pixels, Pixels::new(x, hidden), residual, Activation::None, out);
                 }
             }
             (Pointwise::Int8(packed), INT8) => {
@@ -911,7 +985,7 @@ unsafe fn narrow<'a, V: Vector, const IN: u8>(
     }
 }
 
-/// Depthwise convolution of output rows into `out`.
+/// Depthwise convolution of output pixels into `out`.
 ///
 /// # Safety
 ///
@@ -921,42 +995,45 @@ unsafe fn deepen<'a, V: Vector, const IN: u8>(
     shared: &'a Shared,
     stage: &Stage,
     block: &Block,
-    rows: Range<usize>,
+    mut pixels: Range<usize>,
     of: &dyn Fn(usize) -> &'a [f32],
-    out: &mut [f32],
+    mut out: &mut [f32],
 ) {
-    let hidden = block.depthwise.hidden();
-    let width = stage.out_width;
-    let row = stage.width * hidden;
-    let mut y = rows.start;
-    for out in out.chunks_mut(TOGETHER * width * hidden) {
-        let of = |k: usize| {
-            let at = (y * block.stride + k).wrapping_sub(stage.pad.top);
-            if at < stage.height {
-                of(at)
-            } else {
-                &shared.zeros[..row]
-            }
+    let (hidden, stride) = (block.depthwise.hidden(), block.stride);
+    while !pixels.is_empty() {
+        let (y, x) = (pixels.start / stage.out_width, pixels.start % stage.out_width);
+        // Whole rows together, or what there is of one.
+        let (together, across) = match pixels.len() / stage.out_width {
+            rows @ 1.. if x == 0 => (rows.min(TOGETHER), stage.out_width),
+            _ => (1, (stage.out_width - x).min(pixels.len())),
         };
-        let together = out.len() / (width * hidden);
+        // The input's first column, and how many are missing to the left of it.
+        let column = (x * stride).saturating_sub(stage.pad.left);
+        let left = (column + stage.pad.left) - x * stride;
         let mut seen: [&[f32]; 2 * (TOGETHER - 1) + 3] = Default::default();
-        let seen = &mut seen[..(together - 1) * block.stride + 3];
-        seen.iter_mut().enumerate().for_each(|(k, row)| *row = of(k));
+        let seen = &mut seen[..(together - 1) * stride + 3];
+        for (k, row) in seen.iter_mut().enumerate() {
+            let at = (y * stride + k).wrapping_sub(stage.pad.top);
+            let whole = if at < stage.height { of(at) } else { &shared.zeros[..stage.width * hidden] };
+            *row = &whole[column * hidden..];
+        }
+        let (now, rest) = out.split_at_mut(together * across * hidden);
         // SAFETY: the caller's promise.
         unsafe {
             match &block.depthwise {
-                Deepen::F32(op) => depthwise_rows::<V>(op, block.stride, stage.pad.left, stage.width, seen, width, out),
+                Deepen::F32(op) => depthwise_rows::<V>(op, stride, left, stage.width - column, seen, across, now),
                 #[cfg(target_arch = "x86_64")]
                 Deepen::Bf16(op) if IN == BF16 => {
                     let mut lines: [&[u16]; 2 * (TOGETHER - 1) + 3] = Default::default();
                     lines.iter_mut().zip(&*seen).for_each(|(to, row)| *to = halves(row));
-                    depthwise16(op, block.stride, stage.pad.left, stage.width, &lines[..seen.len()], width, as_halves(out));
+                    depthwise16(op, stride, left, stage.width - column, &lines[..seen.len()], across, as_halves(now));
                 }
                 // No plan mixes them.
                 Deepen::Bf16(_) => {}
             }
         }
-        y += together;
+        pixels.start += together * across;
+        out = rest;
     }
 }
 

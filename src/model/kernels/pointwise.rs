@@ -8,6 +8,9 @@ use super::{Activation, Isa};
 /// Channels of a unit: buffers are padded to whole units.
 pub(super) const UNIT: usize = 16;
 
+/// Half of them.
+const HALF: usize = UNIT / 2;
+
 /// `channels` rounded up to whole units.
 pub(super) fn padded(channels: usize) -> usize {
     channels.next_multiple_of(UNIT)
@@ -53,6 +56,8 @@ pub(super) struct Packed {
     /// Panel by panel: input channel, output channel of the panel.
     weights: Aligned<f32>,
     bias: Vec<f32>,
+    /// Whether at least half of the last panel's last unit is padding, which then is not multiplied.
+    halved: bool,
 }
 
 impl Packed {
@@ -81,7 +86,10 @@ impl Packed {
         }
         let mut wide = bias.to_vec();
         wide.resize(units * UNIT, 0.0);
-        Self { inputs, outputs: units * UNIT, panels, weights: packed, bias: wide }
+        // Of panels of other sizes there is none that is worth its code.
+        let fits = |last: &Panel| isa != Isa::Avx512 || last.units == 2;
+        let halved = matrices.len() == 1 && wide.len() - bias.len() >= HALF && panels.last().is_some_and(fits);
+        Self { inputs, outputs: units * UNIT, panels, weights: packed, bias: wide, halved }
     }
 
     /// Number of panels: each is one pass.
@@ -108,13 +116,14 @@ impl<'a> Pixels<'a> {
     }
 }
 
-/// One panel's channels of `pixels` pixels of `out`, `packed.outputs` values apart.
+/// One panel's channels of `pixels` pixels of `out`, `packed.outputs` values apart. `HALVED`: half a unit of padding is not multiplied;
+/// the values are the same, and not all callers have such panels.
 ///
 /// # Safety
 ///
 /// The processor has the instruction set of `V`, which must be the one that `packed` was made for.
 #[inline(always)]
-pub(super) unsafe fn panel<V: Vector>(
+pub(super) unsafe fn panel<V: Vector, const HALVED: bool>(
     packed: &Packed,
     panel: usize,
     pixels: usize,
@@ -156,7 +165,12 @@ pub(super) unsafe fn panel<V: Vector>(
     };
     // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
     // and the panel's weights and biases are whole.
-    unsafe { call.panel::<V>(units, pixels) }
+    unsafe {
+        match HALVED && packed.halved && panel + 1 == packed.panels.len() {
+            true => Halved(call).panel::<V>(units, pixels),
+            false => call.panel::<V>(units, pixels),
+        }
+    }
 }
 
 /// Outer products of pixels and channels that registers hold; pointers to where the next begins.
@@ -262,6 +276,10 @@ struct Call {
     ahead: (usize, *const f32),
 }
 
+/// Some pixels' sums: of whole vectors, and where there is `HALF` a vector, of that.
+#[derive(Clone, Copy)]
+struct Sums<V: Vector, const ROWS: usize, const VECTORS: usize>([[V; VECTORS]; ROWS], [V::Half; ROWS]);
+
 impl Call {
     /// Adds the products of one input channel, of which the first pixel's value is at `x`.
     ///
@@ -269,9 +287,9 @@ impl Call {
     ///
     /// As [`Tile::tile`]; the values and weights are there.
     #[inline(always)]
-    unsafe fn products<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    unsafe fn products<V: Vector, const ROWS: usize, const VECTORS: usize, const HALF: bool>(
         self,
-        sums: &mut [[V; VECTORS]; ROWS],
+        sums: &mut Sums<V, ROWS, VECTORS>,
         x: *const f32,
         weights: *const f32,
     ) {
@@ -281,10 +299,88 @@ impl Call {
             for (v, w) in w.iter_mut().enumerate() {
                 *w = V::load(weights.add(v * V::LANES));
             }
-            for (r, row) in sums.iter_mut().enumerate() {
-                let x = V::splat(*x.add(r * self.stride));
+            let half = if HALF { V::Half::load(weights.add(VECTORS * V::LANES)) } else { V::Half::splat(0.0) };
+            for (r, row) in sums.0.iter_mut().enumerate() {
+                let value = *x.add(r * self.stride);
+                let x = V::splat(value);
                 for (sum, w) in row.iter_mut().zip(w) {
                     *sum = x.fma(w, *sum);
+                }
+                if HALF {
+                    sums.1[r] = V::Half::splat(value).fma(half, sums.1[r]);
+                }
+            }
+        }
+    }
+
+    /// [`Tile::tile`], where `HALF`: with half a vector more; where `PADDED`: of outputs and weights that are padded to whole units.
+    ///
+    /// # Safety
+    ///
+    /// As [`Tile::tile`].
+    #[inline(always)]
+    unsafe fn sum<V: Vector, const ROWS: usize, const VECTORS: usize, const HALF: bool, const PADDED: bool>(self) {
+        let across = VECTORS * V::LANES + if HALF { V::Half::LANES } else { 0 };
+        let pitch = if PADDED { across.next_multiple_of(UNIT) } else { across };
+        // SAFETY: the caller's promise.
+        unsafe {
+            if V::LANES < UNIT {
+                for line in 0..ROWS * self.ahead.0 {
+                    V::prefetch(self.ahead.1.wrapping_add(line * UNIT));
+                }
+            }
+            let mut sums = Sums([[V::splat(0.0); VECTORS]; ROWS], [V::Half::splat(0.0); ROWS]);
+            for v in 0..VECTORS {
+                let bias = V::load(self.bias.add(v * V::LANES));
+                for row in &mut sums.0 {
+                    row[v] = bias;
+                }
+            }
+            if HALF {
+                sums.1 = [V::Half::load(self.bias.add(VECTORS * V::LANES)); ROWS];
+            }
+            let mut weights = self.weights;
+            for line in 0..self.lines {
+                let x = self.x.add(line * self.pitch);
+                let mut i = 0;
+                // With sixteen registers the products of an input channel are few, and what counts them would be a fifth of the
+                // instructions: seen where another thread shares the core.
+                while V::LANES == 8 && i + UNROLL <= self.across {
+                    for step in 0..UNROLL {
+                        self.products::<V, ROWS, VECTORS, HALF>(&mut sums, x.add(i + step), weights.add(step * pitch));
+                    }
+                    weights = weights.add(UNROLL * pitch);
+                    i += UNROLL;
+                }
+                while i < self.across {
+                    self.products::<V, ROWS, VECTORS, HALF>(&mut sums, x.add(i), weights);
+                    weights = weights.add(pitch);
+                    i += 1;
+                }
+            }
+            if !self.residual.is_null() {
+                for r in 0..ROWS {
+                    let from = self.residual.add(r * self.residual_stride);
+                    for (v, sum) in sums.0[r].iter_mut().enumerate() {
+                        *sum = sum.add(V::load(from.add(v * V::LANES)));
+                    }
+                    if HALF {
+                        sums.1[r] = sums.1[r].add(V::Half::load(from.add(VECTORS * V::LANES)));
+                    }
+                }
+            }
+            for r in 0..ROWS {
+                let to = self.out.add(r * self.out_stride);
+                for (v, sum) in sums.0[r].into_iter().enumerate() {
+                    activate(sum, self.activation).store(to.add(v * V::LANES));
+                }
+                if HALF {
+                    activate(sums.1[r], self.activation).store(to.add(VECTORS * V::LANES));
+                }
+                if PADDED {
+                    for at in (across..pitch).step_by(V::Half::LANES) {
+                        V::Half::splat(0.0).store(to.add(at));
+                    }
                 }
             }
         }
@@ -315,49 +411,46 @@ impl Tile for Call {
     #[inline(always)]
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.
+        unsafe { self.sum::<V, ROWS, VECTORS, false, false>() }
+    }
+}
+
+/// A panel of whose last unit half is padding: its vectors are those before it, and where a vector is a unit half a one more.
+#[derive(Clone, Copy)]
+struct Halved(Call);
+
+impl Tile for Halved {
+    #[inline(always)]
+    unsafe fn from(self, pixel: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self(unsafe { self.0.from(pixel) })
+    }
+
+    #[inline(always)]
+    unsafe fn by_eight<V: Vector>(self, pixels: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.pixels::<V, 12, 1>(pixels) }
+    }
+
+    #[inline(always)]
+    unsafe fn panel<V: Vector>(self, _: usize, pixels: usize) {
+        // SAFETY: the caller's promise: two units where a vector is one, and one elsewhere.
         unsafe {
-            if V::LANES < UNIT {
-                for line in 0..ROWS * self.ahead.0 {
-                    V::prefetch(self.ahead.1.wrapping_add(line * UNIT));
-                }
+            match V::LANES {
+                UNIT => self.pixels::<V, 12, 1>(pixels),
+                8 => self.by_eight::<V>(pixels),
+                _ => self.pixels::<V, 2, 2>(pixels),
             }
-            let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
-            for v in 0..VECTORS {
-                let bias = V::load(self.bias.add(v * V::LANES));
-                for row in &mut sums {
-                    row[v] = bias;
-                }
-            }
-            let mut weights = self.weights;
-            for line in 0..self.lines {
-                let x = self.x.add(line * self.pitch);
-                let mut i = 0;
-                // With sixteen registers the products of an input channel are few, and what counts them would be a fifth of the
-                // instructions: seen where another thread shares the core.
-                while V::LANES == 8 && i + UNROLL <= self.across {
-                    for step in 0..UNROLL {
-                        self.products(&mut sums, x.add(i + step), weights.add(step * VECTORS * V::LANES));
-                    }
-                    weights = weights.add(UNROLL * VECTORS * V::LANES);
-                    i += UNROLL;
-                }
-                while i < self.across {
-                    self.products(&mut sums, x.add(i), weights);
-                    weights = weights.add(VECTORS * V::LANES);
-                    i += 1;
-                }
-            }
-            if !self.residual.is_null() {
-                for (r, row) in sums.iter_mut().enumerate() {
-                    for (v, sum) in row.iter_mut().enumerate() {
-                        *sum = sum.add(V::load(self.residual.add(r * self.residual_stride + v * V::LANES)));
-                    }
-                }
-            }
-            for (r, row) in sums.into_iter().enumerate() {
-                for (v, sum) in row.into_iter().enumerate() {
-                    activate(sum, self.activation).store(self.out.add(r * self.out_stride + v * V::LANES));
-                }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match V::LANES {
+                UNIT => self.0.sum::<V, ROWS, VECTORS, true, true>(),
+                _ => self.0.sum::<V, ROWS, VECTORS, false, true>(),
             }
         }
     }
@@ -394,7 +487,7 @@ pub(super) fn product(packed: &Packed, isa: Isa, activation: Activation, x: &[f3
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn product_avx512(packed: &Packed, activation: Activation, x: &[f32], n: usize, out: &mut [f32]) {
     // SAFETY: the features of this function.
     unsafe { product_on::<std::arch::x86_64::__m512>(packed, activation, x, n, out) }
@@ -415,7 +508,7 @@ unsafe fn product_on<V: Vector>(packed: &Packed, activation: Activation, x: &[f3
     let x = Pixels::new(x, packed.inputs);
     for at in 0..packed.panels() {
         // SAFETY: the caller's promise.
-        unsafe { panel::<V>(packed, at, n, x, None, activation, out) }
+        unsafe { panel::<V, true>(packed, at, n, x, None, activation, out) }
     }
 }
 

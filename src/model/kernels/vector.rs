@@ -8,6 +8,8 @@
 /// (else each call stays a call). Pointers are read or written for `LANES` values and need no alignment.
 pub(super) trait Vector: Copy {
     const LANES: usize;
+    /// Of half as many lanes where [`Self::LANES`] are a unit; elsewhere what is at hand.
+    type Half: Vector;
     /// Whether four products of 8-bit numbers are summed up in one instruction; else codes and weights are halved first, which takes
     /// registers.
     const DOT: bool;
@@ -135,6 +137,7 @@ mod x86 {
         _mm512_max_ps,
         _mm512_min_ps,
         keep512, {
+        type Half = __m256;
         const DOT: bool = true;
         type Sums = __m512i;
         type Four = __m512i;
@@ -193,6 +196,7 @@ mod x86 {
         _mm256_max_ps,
         _mm256_min_ps,
         keep256, {
+        type Half = Self;
         const DOT: bool = false;
         type Sums = __m256i;
         // Codes and weights of even and of odd places, widened to 16 bits: the product of 8-bit numbers saturates.
@@ -281,6 +285,7 @@ mod vnni {
 
     impl Vector for Vnni256 {
         const LANES: usize = 8;
+        type Half = Self;
         const DOT: bool = true;
         type Sums = __m256i;
         type Four = __m256i;
@@ -347,6 +352,7 @@ mod vnni {
 /// Four values in a form that every compiler vectorises: SSE2, NEON.
 impl Vector for [f32; 4] {
     const LANES: usize = 4;
+    type Half = Self;
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         [value; 4]

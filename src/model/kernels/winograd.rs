@@ -181,7 +181,7 @@ impl Scratch {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
 unsafe fn tile_row_avx512<const TILE: usize, const SEEN: usize>(op: Op, image: Image, row: usize, scratch: &mut Scratch, out: &mut [f32]) {
     // SAFETY: the features of this function.
     unsafe { tile_row::<std::arch::x86_64::__m512, TILE, SEEN>(op, image, row, scratch, out) }
@@ -261,7 +261,7 @@ unsafe fn tile_row<V: Vector, const TILE: usize, const SEEN: usize>(
                     }
                     let x = Pixels::new(&input[p * pitch(TILE, inputs)..][..run * inputs], inputs);
                     let y = &mut product[p * pitch(TILE, channels)..][..n * channels];
-                    panel::<V>(planes, at, n, x, None, Activation::None, y);
+                    panel::<V, false>(planes, at, n, x, None, Activation::None, y);
                 }
                 for t in 0..n {
                     let place = Place { tile: first + t, t, width, first: g * GROUP * UNIT, channels };
