@@ -586,14 +586,16 @@ fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<R
             let began = Instant::now();
             let form = RawImage { width: columns, height: rows, encoding: "bgr8", is_bigendian: false, step: 3 * columns, data: &[] };
             let ((), image) = RgbImage::from_message(data, |data| Ok(((), RawImage { data, ..form })))?;
+            // In the node's order.
+            let (luma_std, glance) = (image.luma_stats().1, Some(image.glance()?));
             let frame = Frame {
                 camera: String::new(),
                 stamp_ns,
                 name: String::new(),
                 descriptor: model.describe(&image)?,
-                luma_std: image.luma_stats().1,
+                luma_std,
                 median_depth_m: None,
-                glance: Some(image.glance()?),
+                glance,
                 odom_from_base: None,
                 features: None,
                 calibration: None,

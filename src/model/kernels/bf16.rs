@@ -31,17 +31,22 @@ pub enum Products {
 impl Products {
     /// The faster one that this processor has.
     pub fn detect() -> Option<Self> {
-        Self::available().next()
+        match (tiles(), vectors()) {
+            (true, _) => Some(Self::Tiles),
+            (false, true) => Some(Self::Vectors),
+            (false, false) => None,
+        }
     }
 
-    /// Those that it has, the faster one first.
-    pub fn available() -> impl Iterator<Item = Self> {
-        [(tiles(), Self::Tiles), (vectors(), Self::Vectors)].into_iter().filter_map(|(has, products)| has.then_some(products))
+    /// What a test can compute by.
+    #[cfg(test)]
+    pub(super) fn available() -> impl Iterator<Item = Self> {
+        [(emulated_tiles(), Self::Tiles), (vectors(), Self::Vectors)].into_iter().filter_map(|(has, products)| has.then_some(products))
     }
 }
 
 /// Whether this processor has dot products of bfloat16 in vectors.
-fn vectors() -> bool {
+pub(super) fn vectors() -> bool {
     #[cfg(target_arch = "x86_64")]
     return std::arch::is_x86_feature_detected!("avx512bf16") && std::arch::is_x86_feature_detected!("avx512bw");
     #[cfg(not(target_arch = "x86_64"))]
@@ -54,6 +59,15 @@ pub(super) fn tiles() -> bool {
     return x86::tiles();
     #[cfg(not(target_arch = "x86_64"))]
     false
+}
+
+/// Whether a test can use tiles, be they the processor's or not.
+#[cfg(test)]
+pub(super) fn emulated_tiles() -> bool {
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    return super::emulated::install();
+    #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+    tiles()
 }
 
 /// `channels` rounded up to whole lines.

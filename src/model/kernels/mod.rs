@@ -9,6 +9,8 @@ mod bias_act;
 mod conv3x3;
 mod depthwise;
 mod direct;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod emulated;
 #[cfg(any(test, feature = "cuda"))]
 pub(super) mod gpu;
 #[cfg(target_arch = "x86_64")]
