@@ -611,7 +611,7 @@ struct Shared<'a> {
     zeros: &'a [f32],
     buffers: Vec<Raw>,
     next: AtomicUsize,
-    /// Of every task how many pixels are, from where it begins.
+    /// Of every task how many pixels are done, from where it begins.
     done: Vec<AtomicUsize>,
     /// Of every stage the strips that are not.
     left: Vec<AtomicUsize>,

@@ -8,7 +8,7 @@ use super::{Activation, Isa};
 /// Channels of a unit: buffers are padded to whole units.
 pub(super) const UNIT: usize = 16;
 
-/// Half of them.
+/// Half a unit.
 const HALF: usize = UNIT / 2;
 
 /// `channels` rounded up to whole units.
