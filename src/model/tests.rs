@@ -99,6 +99,32 @@ fn a_batch_or_a_crumb_is_an_error_not_a_panic() {
     assert!(model.describe_tensor(&Tensor::zeros((1, 3, 32, 33), DType::F32, &Device::Cpu).unwrap()).is_ok());
 }
 
+/// A tensor is read where it lies; also a part of another, one whose axes were exchanged, and one of other numbers.
+#[test]
+fn a_tensor_is_described_whatever_it_is_a_view_of() {
+    let model = Model::shipped().unwrap();
+    let x = Tensor::from_vec(noise(7, 3 * 40 * 56), (1, 3, 40, 56), &Device::Cpu).unwrap();
+    let want = model.describe_tensor(&x).unwrap();
+    let part = Tensor::cat(&[&x.ones_like().unwrap(), &x], 0).unwrap().narrow(0, 1, 1).unwrap();
+    let exchanged = x.transpose(2, 3).unwrap().contiguous().unwrap().transpose(2, 3).unwrap();
+    assert!(!exchanged.is_contiguous());
+    for view in [part, exchanged, x.to_dtype(DType::F64).unwrap()] {
+        assert_eq!(model.describe_tensor(&view).unwrap().as_slice(), want.as_slice());
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_value_that_is_not_finite_is_seen_wherever_it_is(n in 0usize..70, at in 0usize..70, bad in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY])) {
+        let mut values: Vec<f32> = noise(n, n).into_iter().map(|v| v * f32::MAX).collect();
+        prop_assert!(all_finite(&values));
+        if let Some(value) = values.get_mut(at) {
+            *value = bad;
+            prop_assert!(!all_finite(&values));
+        }
+    }
+}
+
 #[test]
 fn what_is_written_is_read_again_with_its_header() {
     for (dtype, tolerance) in [(Precision::F32, 0.0), (Precision::F16, 2e-3)] {
