@@ -8,9 +8,6 @@ use super::{Activation, Isa};
 /// Channels of a unit: buffers are padded to whole units.
 pub(super) const UNIT: usize = 16;
 
-/// Half a unit.
-const HALF: usize = UNIT / 2;
-
 /// `channels` rounded up to whole units.
 pub(super) fn padded(channels: usize) -> usize {
     channels.next_multiple_of(UNIT)
@@ -86,9 +83,9 @@ impl Packed {
         }
         let mut wide = bias.to_vec();
         wide.resize(units * UNIT, 0.0);
-        // Of panels of other sizes there is none that is worth its code.
-        let fits = |last: &Panel| isa != Isa::Avx512 || last.units == 2;
-        let halved = matrices.len() == 1 && wide.len() - bias.len() >= HALF && panels.last().is_some_and(fits);
+        // Shorter vectors gain nothing, for with one of them every product wants a value of the input loaded; other panels are rare.
+        let fits = |last: &Panel| isa == Isa::Avx512 && last.units == 2;
+        let halved = matrices.len() == 1 && wide.len() - bias.len() >= UNIT / 2 && panels.last().is_some_and(fits);
         Self { inputs, outputs: units * UNIT, panels, weights: packed, bias: wide, halved }
     }
 
@@ -166,7 +163,7 @@ pub(super) unsafe fn panel<V: Vector, const HALVED: bool>(
     // SAFETY: the assertions above: every pixel's inputs, outputs and residuals of this panel are within their slices,
     // and the panel's weights and biases are whole.
     unsafe {
-        match HALVED && packed.halved && panel + 1 == packed.panels.len() {
+        match HALVED && V::LANES == UNIT && packed.halved && panel + 1 == packed.panels.len() {
             true => Halved(call).panel::<V>(units, pixels),
             false => call.panel::<V>(units, pixels),
         }
@@ -313,15 +310,15 @@ impl Call {
         }
     }
 
-    /// [`Tile::tile`], where `HALF`: with half a vector more; where `PADDED`: of outputs and weights that are padded to whole units.
+    /// [`Tile::tile`]; where `HALF`, with half a vector more, behind which outputs and weights are padding.
     ///
     /// # Safety
     ///
     /// As [`Tile::tile`].
     #[inline(always)]
-    unsafe fn sum<V: Vector, const ROWS: usize, const VECTORS: usize, const HALF: bool, const PADDED: bool>(self) {
-        let across = VECTORS * V::LANES + if HALF { V::Half::LANES } else { 0 };
-        let pitch = if PADDED { across.next_multiple_of(UNIT) } else { across };
+    unsafe fn sum<V: Vector, const ROWS: usize, const VECTORS: usize, const HALF: bool>(self) {
+        let across = VECTORS * V::LANES;
+        let pitch = if HALF { across + V::LANES } else { across };
         // SAFETY: the caller's promise.
         unsafe {
             if V::LANES < UNIT {
@@ -337,7 +334,7 @@ impl Call {
                 }
             }
             if HALF {
-                sums.1 = [V::Half::load(self.bias.add(VECTORS * V::LANES)); ROWS];
+                sums.1 = [V::Half::load(self.bias.add(across)); ROWS];
             }
             let mut weights = self.weights;
             for line in 0..self.lines {
@@ -365,7 +362,7 @@ impl Call {
                         *sum = sum.add(V::load(from.add(v * V::LANES)));
                     }
                     if HALF {
-                        sums.1[r] = sums.1[r].add(V::Half::load(from.add(VECTORS * V::LANES)));
+                        sums.1[r] = sums.1[r].add(V::Half::load(from.add(across)));
                     }
                 }
             }
@@ -375,12 +372,8 @@ impl Call {
                     activate(sum, self.activation).store(to.add(v * V::LANES));
                 }
                 if HALF {
-                    activate(sums.1[r], self.activation).store(to.add(VECTORS * V::LANES));
-                }
-                if PADDED {
-                    for at in (across..pitch).step_by(V::Half::LANES) {
-                        V::Half::splat(0.0).store(to.add(at));
-                    }
+                    activate(sums.1[r], self.activation).store(to.add(across));
+                    V::Half::splat(0.0).store(to.add(across + V::Half::LANES));
                 }
             }
         }
@@ -411,11 +404,11 @@ impl Tile for Call {
     #[inline(always)]
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.
-        unsafe { self.sum::<V, ROWS, VECTORS, false, false>() }
+        unsafe { self.sum::<V, ROWS, VECTORS, false>() }
     }
 }
 
-/// A panel of whose last unit half is padding: its vectors are those before it, and where a vector is a unit half a one more.
+/// A panel of two units of which the last half is padding, where a vector is a unit: a vector and a half.
 #[derive(Clone, Copy)]
 struct Halved(Call);
 
@@ -429,17 +422,16 @@ impl Tile for Halved {
     #[inline(always)]
     unsafe fn by_eight<V: Vector>(self, pixels: usize) {
         // SAFETY: the caller's promise.
-        unsafe { self.pixels::<V, 12, 1>(pixels) }
+        unsafe { self.0.by_eight::<V>(pixels) }
     }
 
     #[inline(always)]
-    unsafe fn panel<V: Vector>(self, _: usize, pixels: usize) {
-        // SAFETY: the caller's promise: two units where a vector is one, and one elsewhere.
+    unsafe fn panel<V: Vector>(self, units: usize, pixels: usize) {
+        // SAFETY: the caller's promise; nothing is halved but for such vectors.
         unsafe {
             match V::LANES {
                 UNIT => self.pixels::<V, 12, 1>(pixels),
-                8 => self.by_eight::<V>(pixels),
-                _ => self.pixels::<V, 2, 2>(pixels),
+                _ => self.0.panel::<V>(units, pixels),
             }
         }
     }
@@ -447,12 +439,7 @@ impl Tile for Halved {
     #[inline(always)]
     unsafe fn tile<V: Vector, const ROWS: usize, const VECTORS: usize>(self) {
         // SAFETY: the caller's promise.
-        unsafe {
-            match V::LANES {
-                UNIT => self.0.sum::<V, ROWS, VECTORS, true, true>(),
-                _ => self.0.sum::<V, ROWS, VECTORS, false, true>(),
-            }
-        }
+        unsafe { self.0.sum::<V, ROWS, VECTORS, true>() }
     }
 }
 
