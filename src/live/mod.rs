@@ -556,8 +556,6 @@ impl Engine {
         let clock = Instant::now();
         let (header, image) = self.decode(camera, arrival.bytes)?;
         let luma_std = image.luma_stats().1;
-        // Odometry tells better; without it every frame that is described is asked, while its bytes are near.
-        let early = lock(&self.odometry).last.is_none().then(|| image.glance()).transpose()?;
         timings.decode = ms(clock);
         let clock = Instant::now();
         let descriptor = self.model.describe(&image)?;
@@ -566,11 +564,6 @@ impl Engine {
         let odom_from_base = self.pose(header.stamp_ns);
         timings.odometry = ms(clock);
         let clock = Instant::now();
-        let glance = match (odom_from_base, early) {
-            (Some(_), _) => None,
-            (None, Some(early)) => Some(early),
-            (None, None) => Some(image.glance()?),
-        };
         let mut frame = Frame {
             camera: name.into(),
             stamp_ns: header.stamp_ns,
@@ -578,7 +571,8 @@ impl Engine {
             descriptor: descriptor.clone(),
             luma_std,
             median_depth_m: self.depth_at(camera, header.stamp_ns),
-            glance,
+            // Odometry tells better; without it every frame that is described is asked.
+            glance: odom_from_base.is_none().then(|| image.glance()).transpose()?,
             odom_from_base,
             features: None,
             calibration: self.calibration(camera),

@@ -586,16 +586,14 @@ fn pipeline(args: &Args, model: &Model, (columns, rows): (u32, u32)) -> Result<R
             let began = Instant::now();
             let form = RawImage { width: columns, height: rows, encoding: "bgr8", is_bigendian: false, step: 3 * columns, data: &[] };
             let ((), image) = RgbImage::from_message(data, |data| Ok(((), RawImage { data, ..form })))?;
-            // In the node's order.
-            let (luma_std, glance) = (image.luma_stats().1, Some(image.glance()?));
             let frame = Frame {
                 camera: String::new(),
                 stamp_ns,
                 name: String::new(),
                 descriptor: model.describe(&image)?,
-                luma_std,
+                luma_std: image.luma_stats().1,
                 median_depth_m: None,
-                glance,
+                glance: Some(image.glance()?),
                 odom_from_base: None,
                 features: None,
                 calibration: None,
