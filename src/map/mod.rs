@@ -355,10 +355,8 @@ impl Map {
         let is_open = |row: usize| open.get(open.partition_point(|r| r.end <= row)).is_some_and(|r| r.contains(&row));
         let mut barred: Vec<usize> = Vec::new();
         for end in self.tracks.iter().filter(|((s, _), _)| *s == session).map(|(_, end)| end) {
-            // The last rows, from now backwards, that are inside the window or taken away, each with its similarity where that was asked
-            // for, as it is near the edge only; none where a row counts.
-            let mut after: VecDeque<Option<(usize, Option<f32>)>> = VecDeque::with_capacity(radius + 1);
-            let similarity = |row: usize| dot(query.as_slice(), self.index.row(row));
+            // Similarities of the last rows, from now backwards, that are inside the window or taken away; none where a row counts.
+            let mut after: VecDeque<Option<f32>> = VecDeque::with_capacity(radius + 1);
             let mut outside = false;
             let mut left = end.position as usize;
             for row in (0..self.places.len()).rev() {
@@ -369,20 +367,15 @@ impl Map {
                     continue;
                 }
                 left -= 1;
-                let seen = if is_open(row) {
-                    outside = true;
-                    let own = similarity(row);
-                    // NaN is above nothing, and nothing above it.
-                    let mut later = after.iter_mut().flatten();
-                    let below = later.any(|(row, known)| *known.get_or_insert_with(|| similarity(*row)) > own);
-                    if below {
-                        barred.push(row);
-                    }
-                    below.then_some((row, Some(own)))
-                } else {
-                    Some((row, None))
-                };
-                after.push_back(seen);
+                let own = dot(query.as_slice(), self.index.row(row));
+                let inside = !is_open(row);
+                outside |= !inside;
+                // NaN is above nothing, and nothing above it.
+                let below = after.iter().flatten().any(|s| *s > own);
+                if !inside && below {
+                    barred.push(row);
+                }
+                after.push_back((inside || below).then_some(own));
                 if after.len() > radius {
                     after.pop_front();
                 }
