@@ -21,12 +21,12 @@ pub use container::read_tensors;
 pub use device::{ComputeDevice, Cost, Limits, Precision};
 #[cfg(feature = "cuda")]
 pub use kernels::gpu::cuda;
-pub use kernels::{rounded_values, Rounded};
+pub use kernels::{rounded_values, Rounded, Seen};
 pub use lightglue::LightGlue;
 pub use local::{Architecture, LearnedMatcher, LocalNet, LocalWeights};
 #[cfg(feature = "cuda")]
 use mobilenet_v2::TAP_CHANNELS;
-pub use mobilenet_v2::{conv_specs, ConvSpec, MobileNetV2, Padding, RoundedNetwork, DIM, MIN_SIDE, TAPS};
+pub use mobilenet_v2::{conv_specs, is_kept, ConvSpec, MobileNetV2, Padding, RoundedNetwork, DIM, MIN_SIDE, TAPS};
 pub use pooling::{l2_normalize, Pooling, GEM_EPS};
 #[cfg(feature = "cuda")]
 use rayon::prelude::*;

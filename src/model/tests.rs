@@ -407,10 +407,12 @@ fn what_is_wrong_in_a_file_in_8_bits_is_named() {
     assert!(s.contains("`blocks.3.project.weight` holds -128"), "{s}");
     let s = said(&|n| drop(n.insert("blocks.3.project".into(), n["blocks.4.project"].clone())));
     assert!(s.contains("blocks.3.project") && s.contains("[24, 144, 1, 1]") && s.contains("[32, 144, 1, 1]"), "{s}");
-    let s = said(&|n| drop(n.remove("blocks.3.project")));
-    assert!(s.contains("`blocks.3.project.weight` is not in 8 bits"), "{s}");
+    let s = said(&|n| n.clear());
+    assert!(s.contains("no 1x1 convolution is in 8 bits"), "{s}");
     let e = weights.round(RoundedNetwork::new()).unwrap_err().to_string();
-    assert!(e.contains("blocks.1.project"), "{e}");
+    assert!(e.contains("no 1x1 convolution is in 8 bits"), "{e}");
+    let e = weights.round([("blocks.3.depthwise".into(), weights.int8.as_ref().unwrap()["blocks.3.expand"].clone())].into()).unwrap_err();
+    assert!(e.to_string().contains("`blocks.3.depthwise` is no 1x1 convolution"), "{e}");
     let mut short = nudged().rounded().unwrap().into_owned();
     short.get_mut("blocks.2.expand").unwrap().steps.pop();
     let e = weights.round(short).unwrap_err().to_string();

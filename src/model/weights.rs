@@ -153,7 +153,7 @@ pub struct Weights {
     pub spec: ModelSpec,
     /// `NAME.weight` and `NAME.bias` of every convolution.
     pub tensors: BTreeMap<String, Tensor>,
-    /// The 1x1 convolutions in 8 bits, where the file has them so: `tensors` hold what they stand for.
+    /// Of the 1x1 convolutions those that the file has in 8 bits: `tensors` hold what they stand for.
     pub int8: Option<RoundedNetwork>,
     /// What is done to the joined taps.
     pub whitening: Option<Whitening>,
@@ -203,19 +203,25 @@ impl Weights {
         Ok(())
     }
 
-    /// Has its 1x1 convolutions be these in 8 bits from now on, whatever it computes in.
+    /// Has these of its 1x1 convolutions be in 8 bits from now on, whatever it computes in.
     ///
-    /// Errors: one that is missing in `int8`, of another shape, or too large for f32.
+    /// Errors: none at all, one that is no 1x1 convolution, of another shape, or too large for f32.
     pub fn round(&mut self, int8: RoundedNetwork) -> Result<()> {
-        for spec in conv_specs().iter().filter(|s| s.is_pointwise()) {
-            let wrong = || Error::weights(format!("`{}` is not in 8 bits, or of another shape", spec.name));
-            let fits = |r: &&Rounded| {
-                [r.bias.len(), r.scales.len()] == spec.shape[..2]
-                    && r.steps.len() == r.bias.len()
-                    && r.codes.len() == r.bias.len() * r.scales.len()
+        if int8.is_empty() {
+            return Err(Error::weights("no 1x1 convolution is in 8 bits"));
+        }
+        let specs = conv_specs();
+        for (name, rounded) in &int8 {
+            let fits = |s: &&ConvSpec| {
+                s.name == *name
+                    && s.is_pointwise()
+                    && [rounded.bias.len(), rounded.scales.len()] == s.shape[..2]
+                    && rounded.steps.len() == rounded.bias.len()
+                    && rounded.codes.len() == rounded.bias.len() * rounded.scales.len()
             };
-            let rounded = int8.get(&spec.name).filter(fits).ok_or_else(wrong)?;
-            let (name, weights) = (format!("{}.weight", spec.name), rounded.weights());
+            let wrong = || Error::weights(format!("`{name}` is no 1x1 convolution, or of another shape"));
+            let spec = specs.iter().find(fits).ok_or_else(wrong)?;
+            let (name, weights) = (format!("{name}.weight"), rounded.weights());
             if let Some(v) = weights.iter().find(|v| !v.is_finite()) {
                 return Err(Error::weights(format!("tensor `{name}` stands for {v}")));
             }
@@ -226,8 +232,8 @@ impl Weights {
         Ok(())
     }
 
-    /// Our safetensors, sorted by name: the same weights give the same bytes. `int8` is that of the 1x1 convolutions' weights, nine
-    /// tenths of all; what else there is is f16 then.
+    /// Our safetensors, sorted by name: the same weights give the same bytes. `int8` is that of the 1x1 convolutions that were rounded;
+    /// what else there is is f16 then.
     ///
     /// Errors: bf16, which no file is in; 8 bits of weights that have none ([`Weights::round`]); or what the format's crate says.
     pub fn to_bytes(&self, precision: Precision) -> Result<Vec<u8>> {
@@ -283,7 +289,8 @@ fn ours(mut file: RawFile) -> Result<Weights> {
         let (weight, bias) = (format!("{}.weight", spec.name), format!("{}.bias", spec.name));
         let values = file.take(&bias, &spec.shape[..1], LAYOUT)?;
         tensors.insert(bias, Tensor::from_slice(&values, spec.shape[0], &Device::Cpu)?);
-        if header.version == FORMAT_INT8 && spec.is_pointwise() {
+        let in_8_bits = || ["steps", "scales"].iter().any(|kind| file.tensors.contains_key(&format!("{}.{kind}", spec.name)));
+        if header.version == FORMAT_INT8 && spec.is_pointwise() && in_8_bits() {
             int8.insert(spec.name.clone(), rounded(&mut file, &spec, values, LAYOUT)?);
         } else {
             let values = file.take(&weight, &spec.shape, LAYOUT)?;

@@ -12,6 +12,7 @@ pub mod learner;
 pub mod loss;
 pub mod net;
 pub mod optim;
+pub mod optq;
 pub mod partition;
 pub mod places;
 pub mod rank;

@@ -1,10 +1,12 @@
 //! `training round`: a model whose 1x1 convolutions are in 8 bits, fitted so that its descriptors stay what they were.
 //!
-//! The network is run with its weights and values rounded, beside itself in f32; weights, their steps and biases follow the gradient of
-//! how far the two are apart, which goes through the rounding as if there were none (Jacob et al., CVPR 2018; Esser et al., ICLR 2020:
-//! learnt steps). No labels, and no photographs needed: half of the pictures are the synthetic street's, half dead leaves. [ours]
+//! It begins with codes that are fitted layer by layer ([`crate::optq`]). Then the network is run with its weights and values rounded,
+//! beside itself in f32; weights, their steps and biases follow the gradient of how far the two are apart, which goes through the rounding
+//! as if there were none (Jacob et al., CVPR 2018; Esser et al., ICLR 2020: learnt steps). No labels, and no photographs needed: half of
+//! the pictures are the synthetic street's, half dead leaves. [ours]
 
 use crate::data::progress;
+use crate::optq;
 use crate::sampler::{renderer, View};
 use crate::world::condition::NAMES;
 use crate::world::World;
@@ -63,6 +65,10 @@ const JUDGED: usize = 24;
 const BIASES: f64 = 3e-4;
 /// Learning rate of the steps' logarithm. [ours]
 const STEPS: f64 = 5e-4;
+/// How far in its code a weight begins at most: what is nearest to another code is soon there. [ours]
+const WITHIN: f32 = 0.45;
+/// Pictures that the first codes are fitted to.
+const SHOWN: usize = 48;
 /// Weight of the blocks' error, relative to what comes out of them, beside the descriptor's. [ours]
 const BLOCKS: f64 = 1.0;
 
@@ -88,16 +94,18 @@ fn straight_through(x: &Tensor) -> candle_core::Result<Tensor> {
 }
 
 impl Layer {
-    /// Begins with the nearest codes of `weight`, O x I, and the bias that goes with them.
+    /// Begins with the codes of `rounded`, and the bias that goes with them: of `weight`, O x I, as near to what it was as these leave it.
     fn new(weight: &Tensor, rounded: &Rounded, signed: bool) -> Result<Self> {
         let (outputs, inputs) = (rounded.steps.len(), rounded.scales.len());
         let base = Tensor::from_slice(&rounded.steps, (outputs, 1), &Device::Cpu)?;
         let scales = Tensor::from_slice(&rounded.scales, (1, inputs), &Device::Cpu)?;
-        let codes = weight.reshape((outputs, inputs))?.broadcast_div(&base)?.broadcast_div(&scales)?;
+        let codes = Tensor::from_vec(rounded.codes.iter().map(|c| f32::from(*c)).collect::<Vec<_>>(), (outputs, inputs), &Device::Cpu)?;
+        let exact = weight.reshape((outputs, inputs))?.broadcast_div(&base)?.broadcast_div(&scales)?;
+        let within = (exact - &codes)?.clamp(-WITHIN, WITHIN)?;
         Ok(Self {
             outputs,
             inputs,
-            weight: Var::from_tensor(&codes)?,
+            weight: Var::from_tensor(&(codes + within)?)?,
             bias: Var::from_slice(&rounded.bias, outputs, &Device::Cpu)?,
             log_step: Var::zeros((outputs, 1), DType::F32, &Device::Cpu)?,
             base,
@@ -269,7 +277,11 @@ pub fn run_command(args: &Args) -> Result<()> {
     let nearest = full.nearest()?;
     let judged = Pictures { model: &full, images: &[] }.batch(args.seed, 0, JUDGED, &(HELD_OUT..HELD_OUT + 100))?;
     println!("nearest codes: {}", said(&full, &nearest, &judged)?);
-    let rounded = fit(args, &full, &nearest, &images)?;
+    let shown = Pictures { model: &full, images: &images }.batch(args.seed, 1, SHOWN, &STREETS)?;
+    let shown = shown.iter().map(|image| full.preprocess(image)).collect::<structvpr::error::Result<Vec<_>>>()?;
+    let first = optq::rounded(&network(&weights, &BTreeMap::new())?, &weights, &shown)?;
+    println!("layer by layer: {}", said(&full, &first, &judged)?);
+    let rounded = fit(args, &full, &first, &images)?;
     println!("fitted codes: {}", said(&full, &rounded, &judged)?);
     weights.spec.rounded_from = Some(weights.network_sha256()?);
     weights.round(rounded)?;
@@ -299,11 +311,12 @@ fn said(full: &Model, rounded: &RoundedNetwork, pictures: &[RgbImage]) -> Result
     ))
 }
 
-/// The layers of a network whose `nearest` codes these are.
-fn layers(weights: &Weights, nearest: &RoundedNetwork) -> Result<Layers> {
+/// The layers of a network whose first codes these are.
+fn layers(weights: &Weights, first: &RoundedNetwork) -> Result<Layers> {
     let mut out = Layers::new();
     for spec in conv_specs().into_iter().filter(|s| s.is_pointwise()) {
-        let rounded = nearest.get(&spec.name).with_context(|| format!("{} was not rounded", spec.name))?;
+        // What is kept as it is follows no gradient.
+        let Some(rounded) = first.get(&spec.name) else { continue };
         let layer = Layer::new(&weights.tensors[&format!("{}.weight", spec.name)], rounded, spec.name.ends_with("expand"))?;
         out.insert(spec.name, layer);
     }
@@ -318,11 +331,11 @@ fn network(weights: &Weights, others: &BTreeMap<String, Var>) -> Result<MobileNe
     })
 }
 
-/// Fits the codes, from the `nearest` on.
+/// Fits the codes, from the `first` on.
 ///
 /// Errors: an image that cannot be read; a loss that is not a number.
-fn fit(args: &Args, full: &Model, nearest: &RoundedNetwork, images: &[PathBuf]) -> Result<RoundedNetwork> {
-    let (net, layers) = (network(full.weights(), &BTreeMap::new())?, layers(full.weights(), nearest)?);
+fn fit(args: &Args, full: &Model, first: &RoundedNetwork, images: &[PathBuf]) -> Result<RoundedNetwork> {
+    let (net, layers) = (network(full.weights(), &BTreeMap::new())?, layers(full.weights(), first)?);
     let pictures = Pictures { model: full, images };
     let group = |of: fn(&Layer) -> &Var, lr: f64| -> Result<(AdamW, f64)> {
         let vars = layers.values().map(|l| of(l).clone()).collect();

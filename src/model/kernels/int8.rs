@@ -4,7 +4,7 @@
 use super::aligned::Aligned;
 use super::pointwise::{activate, padded, Panel, Tile, UNIT};
 use super::rounding::{Rounded, MOST, MOST_UNSIGNED};
-use super::vector::Vector;
+use super::vector::{Vector, MOST_LANES};
 use super::{Activation, Isa};
 
 /// Codes that one product takes: what an instruction sums up.
@@ -76,25 +76,34 @@ impl Packed8 {
 pub(super) unsafe fn encode<V: Vector, const SIGNED: bool>(values: &[f32], packed: &Packed8, codes: &mut [u8], steps: &mut [f32]) {
     let (channels, scales) = (packed.inputs, &packed.scales[..packed.inputs]);
     assert!(channels.is_multiple_of(UNIT) && values.len() == channels * steps.len() && codes.len() == values.len(), "int8: pixels");
-    for (pixel, step) in steps.iter_mut().enumerate() {
+    let (most, zero) = if SIGNED { (MOST, ZERO as f32) } else { (MOST_UNSIGNED, 0.0) };
+    let mut scale = [0f32; MOST_LANES];
+    let scale = &mut scale[..V::LANES];
+    let (mut from, mut to, scales) = (values.as_ptr(), codes.as_mut_ptr(), scales.as_ptr());
+    // As many pixels at a time as there are lanes: their largest values are found side by side.
+    for steps in steps.chunks_mut(V::LANES) {
         // SAFETY: vectors at multiples of the lanes below `channels`, itself a multiple, of a pixel within the asserted lengths.
         unsafe {
-            let from = values.as_ptr().add(pixel * channels);
-            let to = codes.as_mut_ptr().add(pixel * channels);
-            let scales = scales.as_ptr();
-            let mut largest = V::splat(f32::MIN_POSITIVE);
-            for c in (0..channels).step_by(V::LANES) {
-                let value = V::load(from.add(c));
-                let size = if SIGNED { value.fma(V::load(scales.add(c)), V::splat(0.0)).magnitude() } else { value };
-                largest = largest.at_least(size);
+            let mut rows = [V::splat(f32::MIN_POSITIVE); MOST_LANES];
+            for (pixel, largest) in rows.iter_mut().enumerate().take(steps.len()) {
+                let from = from.add(pixel * channels);
+                for c in (0..channels).step_by(V::LANES) {
+                    let value = V::load(from.add(c));
+                    let size = if SIGNED { value.fma(V::load(scales.add(c)), V::splat(0.0)).magnitude() } else { value };
+                    *largest = largest.at_least(size);
+                }
             }
-            let largest = largest.highest();
-            let (most, zero) = if SIGNED { (MOST, ZERO as f32) } else { (MOST_UNSIGNED, 0.0) };
-            *step = largest / most;
-            let (scale, zero) = (V::splat(most / largest), V::splat(zero));
-            for c in (0..channels).step_by(V::LANES) {
-                let scale = if SIGNED { scale.fma(V::load(scales.add(c)), V::splat(0.0)) } else { scale };
-                V::load(from.add(c)).fma(scale, zero).store_u8(to.add(c));
+            V::highest(&rows).store(scale.as_mut_ptr());
+            for (step, scale) in steps.iter_mut().zip(&mut *scale) {
+                (*step, *scale) = (*scale / most, most / *scale);
+            }
+            for scale in &scale[..steps.len()] {
+                let (scale, zero) = (V::splat(*scale), V::splat(zero));
+                for c in (0..channels).step_by(V::LANES) {
+                    let scale = if SIGNED { scale.fma(V::load(scales.add(c)), V::splat(0.0)) } else { scale };
+                    V::load(from.add(c)).fma(scale, zero).store_u8(to.add(c));
+                }
+                (from, to) = (from.add(channels), to.add(channels));
             }
         }
     }
@@ -236,7 +245,7 @@ impl Tile for Call {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rounded_values;
+    use super::super::{rounded_values, Seen};
     use super::*;
     use proptest::prelude::*;
 
@@ -307,7 +316,7 @@ mod tests {
             let values: Vec<f32> = (0..pixels * wide).map(|i| of(i / wide, i % wide)).collect();
             let added = if residual { noise(seed ^ 3, pixels * padded(outputs)) } else { Vec::new() };
             for isa in Isa::available() {
-                let packed = Packed8::new(&Rounded::new(&weights, &bias, &means), signed, isa);
+                let packed = Packed8::new(&Rounded::new(&weights, &bias, &Seen { means: means.clone(), ..Seen::default() }), signed, isa);
                 let got = match isa {
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx512 if std::arch::is_x86_feature_detected!("avx512vnni") => {
@@ -362,7 +371,7 @@ mod tests {
         #[test]
         fn a_layer_is_what_training_fits(inputs in 1usize..80, outputs in 1usize..60, pixels in 1usize..20, signed: bool, seed in any::<u64>()) {
             let noise = |seed: u64, n: usize| -> Vec<f32> { (0..n as u64).map(|i| crate::test_noise(seed, i)).collect() };
-            let rounded = Rounded::new(&noise(seed, inputs * outputs), &noise(seed ^ 1, outputs), &noise(seed ^ 2, inputs));
+            let rounded = Rounded::new(&noise(seed, inputs * outputs), &noise(seed ^ 1, outputs), &Seen { means: noise(seed ^ 2, inputs), ..Seen::default() });
             let wide = padded(inputs);
             let x: Vec<f32> = noise(seed ^ 3, inputs * pixels).into_iter().map(|v| if signed { v } else { v.abs() }).collect();
             let values: Vec<f32> = (0..pixels * wide).map(|i| if i % wide < inputs { x[i % wide * pixels + i / wide] } else { 0.0 }).collect();
@@ -385,7 +394,7 @@ mod tests {
     fn a_weight_that_is_no_number_is_not_hidden() {
         let mut weights = vec![0.5f32; 20];
         weights[7] = f32::NAN;
-        let packed = Packed8::new(&Rounded::new(&weights, &[0.0], &[]), false, Isa::Portable);
+        let packed = Packed8::new(&Rounded::new(&weights, &[0.0], &Seen::default()), false, Isa::Portable);
         // SAFETY: plain arrays need no instruction set.
         let out = unsafe { layer::<[f32; 4]>(&packed, &[9.0; 32], false, &[], true) };
         assert!(out[0].is_nan());

@@ -34,7 +34,7 @@ pub use depthwise::depthwise3x3;
 pub use direct::Conv;
 pub use nearest::{nearest, Nearest};
 pub use plan::{Input, Plan, PlanBlock};
-pub use rounding::{rounded_values, Rounded};
+pub use rounding::{rounded_values, Rounded, Seen};
 
 pub(crate) use crate::simd::{dispatch, fma, Isa};
 

@@ -42,8 +42,15 @@ pub struct PlanBlock<'a> {
     pub residual: bool,
     /// Whether the output is tapped.
     pub tap: bool,
-    /// Expansion and projection in 8 bits, which then stand for `expand` and `project`.
-    pub rounded: Option<(Option<&'a Rounded>, &'a Rounded)>,
+    /// Expansion and projection in 8 bits, where they are to be; these then stand for `expand` and `project`.
+    pub rounded: (Option<&'a Rounded>, Option<&'a Rounded>),
+}
+
+impl PlanBlock<'_> {
+    /// Whether nothing of it is in 8 bits.
+    fn is_full(&self) -> bool {
+        self.rounded.0.is_none() && self.rounded.1.is_none()
+    }
 }
 
 #[derive(Debug)]
@@ -53,7 +60,7 @@ enum Pointwise {
     Bf16(Packed16),
 }
 
-/// What a plan's 1x1 convolutions compute in; as constants, for kernels are compiled for each.
+/// What a plan's 1x1 convolutions compute in, some of them perhaps in f32; as constants, for kernels are compiled for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum In {
     F32,
@@ -149,19 +156,20 @@ const GROUP: usize = 80;
 const EIGHT: usize = 8;
 
 impl Plan {
-    /// From the stem's weight (32 x 27) and bias, and the blocks, of which either all are in 8 bits, or none. `pads` gives the border
-    /// of a 3x3 at height, width and stride; at most one row and column at the top and left.
+    /// From the stem's weight (32 x 27) and bias, and the blocks. `pads` gives the border of a 3x3 at height, width and stride; at most
+    /// one row and column at the top and left.
     pub fn new(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
         Self::on(Isa::detect(), None, stem, blocks, pads)
     }
 
-    /// As [`Self::new`], with all blocks but the first in bfloat16 where the processor multiplies it; elsewhere they stay in f32.
+    /// As [`Self::new`], with none in 8 bits, and all blocks but the first in bfloat16 where the processor multiplies it; elsewhere they
+    /// stay in f32.
     pub fn bf16(stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
         Self::on(Isa::detect(), Self::bf16_products(), stem, blocks, pads)
     }
 
     fn on(isa: Isa, bf16: Option<Products>, stem: (&[f32], &[f32]), blocks: &[PlanBlock], pads: fn(usize, usize, usize) -> Pad) -> Self {
-        let computes = if blocks.iter().any(|b| b.rounded.is_some()) {
+        let computes = if !blocks.iter().all(PlanBlock::is_full) {
             In::Int8
         } else if bf16.is_some() && isa == Isa::Avx512 {
             In::Bf16
@@ -175,16 +183,18 @@ impl Plan {
         let pack8 = |rounded: &Rounded, signed| Pointwise::Int8(Packed8::new(rounded, signed, isa));
         let block = |b: &PlanBlock| {
             let (weights, bias) = b.depthwise;
-            let f32s = |scales| Deepen::F32(Depthwise::new(weights, bias, scales));
-            let (expand, depthwise, project) = match (b.rounded, b.expand, bf16) {
-                (Some((expand, project)), ..) => (expand.map(|e| pack8(e, true)), f32s(&project.scales), pack8(project, false)),
+            let (expand, depthwise, project) = match (b.expand, bf16) {
                 // The first block stays in f32: there a sky or a night is one value over many pixels, whose rounding no mean takes away.
-                (None, Some(expand), Some(products)) => (
+                (Some(expand), Some(products)) => (
                     Some(Pointwise::Bf16(Packed16::expand(expand.0, expand.1, products))),
                     Deepen::Bf16(Depthwise16::new(weights, bias)),
                     Pointwise::Bf16(Packed16::project(b.project.0, b.project.1, products)),
                 ),
-                (None, expand, _) => (expand.map(pack), f32s(&[]), pack(b.project)),
+                (expand, _) => (
+                    expand.map(|e| b.rounded.0.map_or_else(|| pack(e), |rounded| pack8(rounded, true))),
+                    Deepen::F32(Depthwise::new(weights, bias, b.rounded.1.map_or(&[], |rounded| &rounded.scales))),
+                    b.rounded.1.map_or_else(|| pack(b.project), |rounded| pack8(rounded, false)),
+                ),
             };
             Block { expand, depthwise, project, outputs: b.project.1.len(), stride: b.stride, residual: b.residual, tap: b.tap }
         };
@@ -437,7 +447,7 @@ unsafe fn widen<V: Vector, const IN: u8>(op: &Pointwise, x: &[f32], scratch: &mu
     // SAFETY: the caller's promise.
     unsafe {
         match (op, IN) {
-            (Pointwise::F32(packed), F32) => {
+            (Pointwise::F32(packed), F32 | INT8) => {
                 let x = Pixels::new(x, op.inputs());
                 for p in 0..packed.panels() {
                     panel::<V, false>(packed, p, pixels, x, None, Activation::Relu6, out);
@@ -876,7 +886,7 @@ unsafe fn fused<V: Vector, const IN: u8>(
     // SAFETY: the caller's promise.
     unsafe {
         match (&block.expand, stage.input) {
-            (Some(op @ Pointwise::F32(packed)), Some(input)) if IN == F32 => {
+            (Some(op @ Pointwise::F32(packed)), Some(input)) if IN != BF16 => {
                 // One panel's weights for all rows.
                 for p in 0..packed.panels() {
                     for y in fresh.clone() {
@@ -965,7 +975,7 @@ unsafe fn narrow<'a, V: Vector, const IN: u8>(
         let (x, rest) = scratch.split_at_mut(pixels * hidden);
         deepen::<V, IN>(shared, stage, block, at, of, x);
         match (&block.project, IN) {
-            (Pointwise::F32(packed), F32 | BF16) => {
+            (Pointwise::F32(packed), _) => {
                 let residual = residual.map(|data| Pixels::new(data, channels));
                 for p in 0..packed.panels() {
                     panel::<V, true>(packed, p, pixels, Pixels::new(x, hidden), residual, Activation::None, out);
@@ -1059,6 +1069,7 @@ fn pool(isa: Isa, values: &[f32], tap: &Tap, pooling: Pooling) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Seen;
     use super::*;
     use proptest::prelude::*;
 
@@ -1147,10 +1158,21 @@ mod tests {
         }
 
         fn plan_by(&self, products: Option<Products>, computes: In, isa: Isa, pads: fn(usize, usize, usize) -> Pad) -> Plan {
+            self.plan_of(products.filter(|_| computes == In::Bf16), &|_, _| computes == In::Int8, isa, pads)
+        }
+
+        /// `in_8_bits`: whether a block's expansion (0) or projection (1) is.
+        fn plan_of(
+            &self,
+            products: Option<Products>,
+            in_8_bits: &dyn Fn(usize, usize) -> bool,
+            isa: Isa,
+            pads: fn(usize, usize, usize) -> Pad,
+        ) -> Plan {
             fn slices(w: &(Vec<f32>, Vec<f32>)) -> (&[f32], &[f32]) {
                 (&w.0, &w.1)
             }
-            let of = |w: &(Vec<f32>, Vec<f32>)| Rounded::new(&w.0, &w.1, &[]);
+            let of = |w: &(Vec<f32>, Vec<f32>)| Rounded::new(&w.0, &w.1, &Seen::default());
             let rounded: Vec<_> = self.blocks.iter().map(|[expand, _, project]| (of(expand), of(project))).collect();
             let mut blocks = Vec::new();
             for (at, [expand, depthwise, project]) in self.blocks.iter().enumerate() {
@@ -1161,10 +1183,10 @@ mod tests {
                     stride: self.strides[at],
                     residual: self.residual(at),
                     tap: at % 2 == 1 || at + 1 == self.blocks.len(),
-                    rounded: (computes == In::Int8).then(|| ((at > 0).then_some(&rounded[at].0), &rounded[at].1)),
+                    rounded: ((at > 0 && in_8_bits(at, 0)).then_some(&rounded[at].0), in_8_bits(at, 1).then_some(&rounded[at].1)),
                 });
             }
-            Plan::on(isa, products.filter(|_| computes == In::Bf16), slices(&self.stem), &blocks, pads)
+            Plan::on(isa, products, slices(&self.stem), &blocks, pads)
         }
 
         fn taps(&self, image: &[f32], h: usize, w: usize, pads: fn(usize, usize, usize) -> Pad) -> Vec<Map> {
@@ -1280,6 +1302,36 @@ mod tests {
                     prop_assert!(on_threads(threads, || plan.taps(&image, h, w)) == got, "{isa:?} on {threads} threads");
                 }
                 first.get_or_insert(got);
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+        /// Where some convolutions are in 8 bits, and the others in f32: near the definition, and the same on every number of threads.
+        #[test]
+        fn some_in_8_bits_and_some_not_is_near_the_definition(
+            seed in 0u64..1000,
+            h in 3usize..70, w in 3usize..70,
+            shape in prop::collection::vec((1usize..70, 1usize..70, 1usize..3), 1..5),
+            in_8_bits in prop::collection::vec(any::<[bool; 2]>(), 5),
+            tf: bool,
+        ) {
+            let pads = if tf { same } else { one };
+            let net = Net::new(seed, &shape);
+            let image = noise(seed + 7, 3 * h * w, 1.0);
+            let want = net.taps(&image, h, w, pads);
+            for isa in Isa::available() {
+                let plan = net.plan_of(None, &|at, kind| in_8_bits[at][kind], isa, pads);
+                let got = on_threads(1, || plan.taps(&image, h, w));
+                for (got, want) in got.iter().zip(&want) {
+                    prop_assert_eq!(got.len(), want.data.len());
+                    let (error, length) = (distance(got, want), length(want));
+                    prop_assert!(error < 0.05 * length + 0.05, "{isa:?}: {error} of {length}");
+                }
+                for threads in [2, 3] {
+                    prop_assert!(on_threads(threads, || plan.taps(&image, h, w)) == got, "{isa:?} on {threads} threads");
+                }
             }
         }
     }

@@ -1,8 +1,8 @@
 //! 1x1 convolutions rounded to 8 bits, as numbers: what [`super::int8`] packs, weight files hold, and training fits.
 //!
 //! Values get their step from the pixel's largest. Weights of one output channel span orders of magnitude, for some input channels are
-//! hardly ever active: a part of that, on a logarithmic scale, is handed to the values (SmoothQuant's balance,
-//! <https://arxiv.org/abs/2211.10438>; the exponent is ours).
+//! hardly ever active: a part of that, on a logarithmic scale, is handed to the values, and of the values' own a part to the weights
+//! (SmoothQuant's balance, <https://arxiv.org/abs/2211.10438>; the exponents are ours).
 //!
 //! What rounding does to a value differs from pixel to pixel and goes in the mean. What it does to a weight is there in every pixel: as
 //! much of it as falls on the mean of what the weight sees is taken back with the bias (Nagel et al., ICCV 2019), which leaves a
@@ -15,10 +15,21 @@ use std::sync::Arc;
 
 /// The exponent of a channel's largest weight that is handed to its values.
 const HANDED_OVER: f32 = 0.3;
+/// The exponent of a channel's largest value that is handed to its weights.
+const HANDED_BACK: f32 = 0.2;
 /// The largest code of a weight, and of a value that has a sign.
 pub(super) const MOST: f32 = 127.0;
 /// The largest code of a value that has none.
 pub(super) const MOST_UNSIGNED: f32 = 255.0;
+
+/// What a 1x1 convolution sees, of every input channel; empty where it is not known.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// The mean.
+    pub means: Vec<f32>,
+    /// The largest absolute value.
+    pub largest: Vec<f32>,
+}
 
 /// Weight and bias of a 1x1 convolution, the weight in 8 bits: `codes[o][i] * steps[o] * scales[i]`.
 #[derive(Clone, Debug, PartialEq)]
@@ -34,23 +45,10 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// The nearest codes to `weights`, O x I, and the `bias`, O, that goes with them where the inputs have these `means` (empty: not
-    /// known). Panics: lengths that do not fit.
-    pub fn new(weights: &[f32], bias: &[f32], means: &[f32]) -> Self {
-        let inputs = weights.len() / bias.len().max(1);
-        assert!(weights.len() == inputs * bias.len() && (means.is_empty() || means.len() == inputs), "weights to round");
-        let handed = |i: usize| {
-            let largest = weights.iter().skip(i).step_by(inputs).fold(0f32, |m, w| m.max(w.abs()));
-            if largest.is_normal() {
-                largest.powf(HANDED_OVER)
-            } else {
-                1.0
-            }
-        };
-        let scales: Vec<f32> = (0..inputs).map(handed).collect();
-        let mut out = Self { codes: Vec::with_capacity(weights.len()), steps: Vec::with_capacity(bias.len()), scales, bias: bias.to_vec() };
-        for (row, bias) in weights.chunks_exact(inputs.max(1)).zip(&mut out.bias) {
-            let row: Vec<f32> = row.iter().zip(&out.scales).map(|(w, s)| w / s).collect();
+    /// The nearest codes to `weights`, O x I, and the `bias`, O, that goes with them where the inputs are as `seen`.
+    /// Panics: lengths that do not fit.
+    pub fn new(weights: &[f32], bias: &[f32], seen: &Seen) -> Self {
+        Self::by(weights, bias, Self::scales_of(weights, bias.len(), seen), seen, |row| {
             let largest = row.iter().fold(0f32, |m, v| m.max(v.abs()));
             // A code is always a number: what is none shows in the step.
             let step = match largest {
@@ -58,14 +56,37 @@ impl Rounded {
                 0.0 => 1.0,
                 largest => largest / MOST,
             };
-            out.steps.push(step);
-            for (i, w) in row.iter().enumerate() {
-                let code = (w / step).round() as i8;
-                out.codes.push(code);
-                if let Some(mean) = means.get(i) {
-                    *bias += (w - f32::from(code) * step) * out.scales[i] * mean;
-                }
+            (row.iter().map(|w| (w / step).round() as i8).collect(), step)
+        })
+    }
+
+    /// Of every input channel what its values are multiplied by before they are rounded. Panics: lengths that do not fit.
+    pub fn scales_of(weights: &[f32], outputs: usize, seen: &Seen) -> Vec<f32> {
+        let inputs = weights.len() / outputs.max(1);
+        let fits = |v: &[f32]| v.is_empty() || v.len() == inputs;
+        assert!(weights.len() == inputs * outputs && fits(&seen.means) && fits(&seen.largest), "weights to round");
+        let part = |v: f32, exponent: f32| if v.is_normal() { v.powf(exponent) } else { 1.0 };
+        let of = |i: usize| {
+            let largest = weights.iter().skip(i).step_by(inputs).fold(0f32, |m, w| m.max(w.abs()));
+            part(largest, HANDED_OVER) / part(seen.largest.get(i).copied().unwrap_or(1.0), HANDED_BACK)
+        };
+        (0..inputs).map(of).collect()
+    }
+
+    /// As [`Self::new`], where `codes` gives codes and step of each row of the weights divided by `scales`. Panics: lengths that do not fit.
+    pub fn by(weights: &[f32], bias: &[f32], scales: Vec<f32>, seen: &Seen, mut codes: impl FnMut(&[f32]) -> (Vec<i8>, f32)) -> Self {
+        let inputs = scales.len();
+        assert!(weights.len() == inputs * bias.len(), "weights to round");
+        let mut out = Self { codes: Vec::with_capacity(weights.len()), steps: Vec::with_capacity(bias.len()), scales, bias: bias.to_vec() };
+        for (row, bias) in weights.chunks_exact(inputs.max(1)).zip(&mut out.bias) {
+            let row: Vec<f32> = row.iter().zip(&out.scales).map(|(w, s)| w / s).collect();
+            let (codes, step) = codes(&row);
+            assert!(codes.len() == inputs, "codes of a row");
+            for (i, mean) in seen.means.iter().enumerate() {
+                *bias += (row[i] - f32::from(codes[i]) * step) * out.scales[i] * mean;
             }
+            out.codes.extend(codes);
+            out.steps.push(step);
         }
         out
     }
@@ -157,7 +178,8 @@ mod tests {
             let factor = noise(seed ^ 3, inputs);
             let weights: Vec<f32> = noise(seed, inputs * outputs).iter().zip(factor.iter().cycle()).map(|(w, f)| w * (spread * f).exp()).collect();
             let (bias, means) = (noise(seed ^ 1, outputs), noise(seed ^ 2, inputs));
-            let rounded = Rounded::new(&weights, &bias, &means);
+            let largest = noise(seed ^ 4, inputs).iter().map(|v| v.abs()).collect();
+            let rounded = Rounded::new(&weights, &bias, &Seen { means: means.clone(), largest });
             let near = rounded.weights();
             for (o, (bias, corrected)) in bias.iter().zip(&rounded.bias).enumerate() {
                 let row = o * inputs..(o + 1) * inputs;
@@ -172,7 +194,7 @@ mod tests {
                 prop_assert!((before - after).abs() < 1e-4 * (1.0 + before.abs()), "{before} {after}");
             }
             // With nothing known of the inputs the bias stays as it is.
-            prop_assert_eq!(Rounded::new(&weights, &bias, &[]).bias, bias);
+            prop_assert_eq!(Rounded::new(&weights, &bias, &Seen::default()).bias, bias);
         }
 
         /// The definition, in f64; the gradient as if nothing had been rounded.
@@ -208,7 +230,7 @@ mod tests {
     fn what_is_no_number_is_not_hidden() {
         let mut weights = vec![0.5f32; 20];
         weights[7] = f32::INFINITY;
-        let rounded = Rounded::new(&weights, &[0.0, 1.0], &[]);
+        let rounded = Rounded::new(&weights, &[0.0, 1.0], &Seen::default());
         assert!(rounded.steps[0].is_nan() && rounded.steps[1].is_finite());
         let scales: Arc<[f32]> = [1f32; 2].into();
         let x = Tensor::new(&[[[[1f32]], [[f32::NAN]]]], &candle_core::Device::Cpu).unwrap();

@@ -1,5 +1,8 @@
 //! Vectors of f32 of one instruction set each, for kernels that the compiler does not vectorise well by itself.
 
+/// Lanes of the longest vectors.
+pub(super) const MOST_LANES: usize = 16;
+
 /// A vector of [`Self::LANES`] values.
 ///
 /// # Safety
@@ -37,8 +40,8 @@ pub(super) trait Vector: Copy {
     unsafe fn at_most(self, high: Self) -> Self;
     /// Without the sign.
     unsafe fn magnitude(self) -> Self;
-    /// The highest of the lanes, none of which is NaN.
-    unsafe fn highest(self) -> f32;
+    /// The highest lane of each of the first `LANES` of `rows`, none of which is NaN, side by side.
+    unsafe fn highest(rows: &[Self; MOST_LANES]) -> Self;
     /// Values of 0 and more, to the nearest and at most 255, as `LANES` bytes.
     unsafe fn store_u8(self, to: *mut u8);
     unsafe fn sums(from: *const i32) -> Self::Sums;
@@ -51,7 +54,7 @@ pub(super) trait Vector: Copy {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Vector;
+    use super::{Vector, MOST_LANES};
     use std::arch::x86_64::*;
 
     /// `of`, but `a` where `a` is NaN.
@@ -65,6 +68,49 @@ mod x86 {
     unsafe fn keep256(a: __m256, of: __m256) -> __m256 {
         // SAFETY: the trait's contract.
         unsafe { _mm256_blendv_ps(of, a, _mm256_cmp_ps::<_CMP_UNORD_Q>(a, a)) }
+    }
+
+    /// The higher of two and two lanes, of `a` and `b` by turns.
+    #[inline(always)]
+    unsafe fn two512(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_max_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)) }
+    }
+
+    /// Of each part of 128 bits of four rows the highest lane.
+    #[inline(always)]
+    unsafe fn four512(rows: &[__m512; MOST_LANES], at: usize) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let a = _mm512_castps_pd(two512(rows[at], rows[at + 1]));
+            let b = _mm512_castps_pd(two512(rows[at + 2], rows[at + 3]));
+            _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)))
+        }
+    }
+
+    /// The higher of the parts of 128 bits, pair by pair, of `a`, then of `b`.
+    #[inline(always)]
+    unsafe fn parts512(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm512_max_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b)) }
+    }
+
+    /// As [`two512`].
+    #[inline(always)]
+    unsafe fn two256(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe { _mm256_max_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)) }
+    }
+
+    /// As [`four512`].
+    #[inline(always)]
+    unsafe fn four256(rows: &[__m256; MOST_LANES], at: usize) -> __m256 {
+        // SAFETY: the trait's contract.
+        unsafe {
+            let a = _mm256_castps_pd(two256(rows[at], rows[at + 1]));
+            let b = _mm256_castps_pd(two256(rows[at + 2], rows[at + 3]));
+            _mm256_max_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)))
+        }
     }
 
     macro_rules! vector {
@@ -148,9 +194,9 @@ mod x86 {
             unsafe { _mm512_abs_ps(self) }
         }
         #[inline(always)]
-        unsafe fn highest(self) -> f32 {
+        unsafe fn highest(rows: &[Self; MOST_LANES]) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { _mm512_reduce_max_ps(self) }
+            unsafe { parts512(parts512(four512(rows, 0), four512(rows, 4)), parts512(four512(rows, 8), four512(rows, 12))) }
         }
         #[inline(always)]
         unsafe fn store_u8(self, to: *mut u8) {
@@ -208,12 +254,11 @@ mod x86 {
             unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), self) }
         }
         #[inline(always)]
-        unsafe fn highest(self) -> f32 {
+        unsafe fn highest(rows: &[Self; MOST_LANES]) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
-                let half = _mm_max_ps(_mm256_castps256_ps128(self), _mm256_extractf128_ps::<1>(self));
-                let pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
-                _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps::<1>(pair, pair)))
+                let (a, b) = (four256(rows, 0), four256(rows, 4));
+                _mm256_max_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
             }
         }
         #[inline(always)]
@@ -263,11 +308,12 @@ mod x86 {
 /// Vectors of AVX2 on processors with AVX-VNNI, which sum up products of 8-bit numbers as AVX-512's do.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
+#[repr(transparent)]
 pub(super) struct Vnni256(std::arch::x86_64::__m256);
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
-    use super::{Vector, Vnni256};
+    use super::{Vector, Vnni256, MOST_LANES};
     use std::arch::x86_64::*;
 
     /// What AVX2's vectors do.
@@ -337,9 +383,9 @@ mod vnni {
             Self(unsafe { self.0.magnitude() })
         }
         #[inline(always)]
-        unsafe fn highest(self) -> f32 {
-            // SAFETY: the trait's contract.
-            unsafe { self.0.highest() }
+        unsafe fn highest(rows: &[Self; MOST_LANES]) -> Self {
+            // SAFETY: the trait's contract; a `Vnni256` is nothing but an `__m256`.
+            unsafe { Self(Vector::highest(&*std::ptr::from_ref(rows).cast::<[__m256; MOST_LANES]>())) }
         }
         #[inline(always)]
         unsafe fn store_u8(self, to: *mut u8) {
@@ -400,8 +446,8 @@ impl Vector for [f32; 4] {
         self.map(f32::abs)
     }
     #[inline(always)]
-    unsafe fn highest(self) -> f32 {
-        self.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    unsafe fn highest(rows: &[Self; MOST_LANES]) -> Self {
+        std::array::from_fn(|at| rows[at].into_iter().fold(f32::NEG_INFINITY, f32::max))
     }
     #[inline(always)]
     unsafe fn store_u8(self, to: *mut u8) {
