@@ -388,6 +388,30 @@ fn a_file_in_8_bits_is_what_int8_computes_with_and_half_as_large() {
     }
 }
 
+/// Files say themselves what of them is in 8 bits: all of it, as older ones have it, or but a part.
+#[test]
+fn a_file_may_have_any_of_its_convolutions_in_8_bits() {
+    let (full, image) = (nudged(), leaves::picture(3, (320, 240)).unwrap());
+    let mut all = full.rounded().unwrap().into_owned();
+    for name in ["blocks.1.project", "blocks.2.project"] {
+        let values = |kind: &str| full.weights().tensors[&format!("{name}.{kind}")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(all.insert(name.into(), Rounded::new(&values("weight"), &values("bias"), &Seen::default())).is_none(), "{name}");
+    }
+    let mut some = full.rounded().unwrap().into_owned();
+    assert!(some.remove("blocks.3.project").is_some() && some.remove("blocks.9.expand").is_some());
+    for codes in [all, some] {
+        let mut weights = full.weights().clone();
+        weights.round(codes.clone()).unwrap();
+        let read = Weights::parse(&weights.to_bytes(Precision::Int8).unwrap()).unwrap();
+        // Biases are rounded to f16 in the file.
+        let only = |n: &RoundedNetwork| n.iter().map(|(name, r)| (name.clone(), r.codes.clone())).collect::<Vec<_>>();
+        assert!(read.int8.as_ref().map(only) == Some(only(&codes)), "{} in 8 bits", codes.len());
+        let int8 = Model::new(read).unwrap().on(ComputeDevice::Cpu, Precision::Int8).unwrap();
+        let error = off(&full.describe(&image).unwrap(), &int8, &image);
+        assert!(error < 0.004, "{} in 8 bits: {error}", codes.len());
+    }
+}
+
 #[test]
 fn what_is_wrong_in_a_file_in_8_bits_is_named() {
     let mut weights = nudged().weights().clone();
